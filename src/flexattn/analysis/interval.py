@@ -1,0 +1,200 @@
+"""Intervals of a graph's nodes over tiles of (q_idx, kv_idx), for many tiles at once.
+
+In: a graph, an Interval for each input, captured tensors, run-time numbers. Out: an Interval for
+each node; the mask's says for each tile whether it is true nowhere, everywhere, or undecided.
+Sound: floating point is widened to what its dtype may round to, integers that may leave their dtype
+are taken to hold anything, NaN is tracked, reads out of range are clamped as in `ir.evaluate`.
+Rejects nothing; what has no bound is unbounded.
+
+A value known for the whole mask (`Ranges`) is a Python number. The rules are in `interval_rules`,
+reads in `interval_reads`, cancellation of a variable with itself in `linear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexattn.analysis.bounds import (
+    Bound,
+    Interval,
+    both,
+    choose,
+    integer_range,
+    point,
+    to_real,
+    unbounded,
+)
+from flexattn.analysis.interval_reads import Reads
+from flexattn.analysis.interval_rules import TABLE
+from flexattn.analysis.linear import LinearForms, Residuals
+from flexattn.ir.graph import Graph, Node
+from flexattn.ir.ops import INTEGERS, LEAVES, Op
+
+_SHADOWED = frozenset({Op.ADD, Op.SUB, Op.MUL, Op.NEG, Op.ABS})
+Values = dict[Node, Interval]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles [q_lo, q_hi] x [kv_lo, kv_hi], ends included, int64 [n] each; b and h are a position
+    per tile, or one int for all."""
+
+    b: Tensor | int
+    h: Tensor | int
+    q_lo: Tensor
+    q_hi: Tensor
+    kv_lo: Tensor
+    kv_hi: Tensor
+
+    def __len__(self) -> int:
+        return self.q_lo.shape[0]
+
+    def select(self, chosen: Tensor) -> Tiles:
+        """The tiles with these numbers."""
+        columns: list[Any] = [t.index_select(0, chosen) if isinstance(t, Tensor) else t
+                              for t in self.columns()]
+        return Tiles(*columns)
+
+    def columns(self) -> tuple[Tensor | int, ...]:
+        return self.b, self.h, self.q_lo, self.q_hi, self.kv_lo, self.kv_hi
+
+    def inputs(self) -> dict[str, Interval]:
+        return {"b": point(self.b), "h": point(self.h), "q_idx": Interval(self.q_lo, self.q_hi),
+                "kv_idx": Interval(self.kv_lo, self.kv_hi)}
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What holds for every position: values of nodes in Python numbers, and the integer nodes
+    that may leave their dtype."""
+
+    values: Values
+    wraps: frozenset[Node]
+
+    def constant(self, n: Node) -> Interval | None:
+        found = self.values.get(n)
+        return found if found is not None and found.is_point else None
+
+
+def overall_ranges(graph: Graph, bounds: Mapping[str, tuple[int, int]],
+                   reads: Reads | None = None,
+                   numbers: Sequence[bool | int | float] | None = None) -> Ranges:
+    """Ranges for inputs within `bounds`, ends included. Inputs without bounds, numbers and captured
+    tensors that are not given may be anything."""
+    values: Values = {}
+    wraps: set[Node] = set()
+    for n in graph.nodes:
+        if n.op is Op.INPUT:
+            values[n] = Interval(*bounds[n.attr]) if n.attr in bounds else unbounded(n.dtype)
+        elif n.op in (Op.CONST, Op.NUMBER):
+            values[n] = _number(n, numbers)
+        elif n.op is Op.LOAD:
+            values[n] = reads.whole(n.attr) if reads else unbounded(n.dtype)
+        else:
+            values[n] = TABLE[n.op](n, *(values[a] for a in n.args))
+            if n.dtype in INTEGERS and not _fits(values[n], n.dtype):
+                values[n] = integer_range(n.dtype)
+                wraps.add(n)
+    return Ranges(values, frozenset(wraps))
+
+
+def ranges(graph: Graph, bounds: Mapping[str, tuple[int, int]]) -> dict[Node, tuple[Bound, Bound]]:
+    """(lowest, highest) value of each node for inputs within `bounds`, whatever the captured
+    tensors and run-time numbers hold: what a lowering may narrow integers by.
+
+    Floating-point nodes may also be NaN.
+
+    Examples:
+        >>> from flexattn.ir.graph import Graph, index_input, node
+        >>> q, kv = index_input("q_idx"), index_input("kv_idx")
+        >>> distance = node(Op.SUB, q, kv, dtype=torch.int64)
+        >>> found = ranges(Graph((("distance", distance),)), {"q_idx": (0, 9), "kv_idx": (0, 4)})
+        >>> found[distance]
+        (-4, 9)
+    """
+    return {n: x[:2] for n, x in overall_ranges(graph, bounds).values.items()}
+
+
+def _number(n: Node, numbers: Sequence[bool | int | float] | None) -> Interval:
+    if n.op is Op.NUMBER and numbers is None:
+        return unbounded(n.dtype)
+    value = n.attr if n.op is Op.CONST or numbers is None else numbers[n.attr]
+    return point(value) if value == value else unbounded(n.dtype)
+
+
+def _fits(x: Interval, dtype: torch.dtype) -> bool:
+    anything = integer_range(dtype)
+    return bool(anything.lo <= x.lo and x.hi <= anything.hi)
+
+
+class TileIntervals:
+    """Evaluates one output of a graph on tiles. `lengths`: of b, h, q_idx and kv_idx."""
+
+    def __init__(self, graph: Graph, captures: Sequence[Tensor],
+                 numbers: Sequence[bool | int | float], lengths: Mapping[str, int],
+                 output: str = "mask") -> None:
+        self.graph, self.output = graph, graph.output(output)
+        self.reads = Reads(captures)
+        bounds = {name: (0, max(n - 1, 0)) for name, n in lengths.items()}
+        self.overall = overall_ranges(graph, bounds, self.reads, numbers)
+        self.linear = _linear_forms(graph, self.overall)
+        self.order = self._needed()
+
+    def _needed(self) -> list[Node]:
+        """What the output needs, without what is the same everywhere."""
+        needed: set[Node] = set()
+        stack = [self.output]
+        while stack:
+            n = stack.pop()
+            if n not in needed:
+                needed.add(n)
+                stack += () if self.overall.constant(n) else n.args
+        return [n for n in self.graph.nodes if n in needed]
+
+    def __call__(self, tiles: Tiles) -> Interval:
+        """The output over each tile: for a mask, (always true, true somewhere perhaps)."""
+        return self.values(tiles)[self.output]
+
+    def values(self, tiles: Tiles) -> Values:
+        """The interval of every node that the output needs."""
+        inputs = tiles.inputs()
+        values: Values = {}
+        residuals = Residuals(self.linear, inputs, values)
+        for n in self.order:
+            known = self.overall.constant(n)
+            if known is not None:
+                values[n] = known
+            elif n.op is Op.INPUT:
+                values[n] = inputs[n.attr]
+            elif n.op is Op.LOAD:
+                values[n] = self.reads.interval(n.attr, [values[a] for a in n.args])
+            elif n.op in LEAVES:
+                values[n] = self.overall.values[n]
+            else:
+                found = self._apply(n, [values[a] for a in n.args])
+                values[n] = residuals.sharpened(n, found) if n in self.linear.shared else found
+        return values
+
+    def _apply(self, n: Node, args: Sequence[Interval]) -> Interval:
+        found = TABLE[n.op](n, *args)
+        if n not in self.overall.wraps:
+            return found
+        anything = integer_range(n.dtype)
+        if n.op is Op.CAST:
+            real = found
+        elif n.op in _SHADOWED:
+            real = TABLE[n.op](n, *(Interval(to_real(a.lo), to_real(a.hi)) for a in args))
+        else:
+            return anything
+        slack = 2**-40 if n.dtype is torch.int64 and n.op is not Op.CAST else 0.0
+        fits = both(real.lo >= anything.lo * (1 - slack), real.hi <= anything.hi * (1 - slack))
+        return Interval(choose(fits, found.lo, anything.lo), choose(fits, found.hi, anything.hi))
+
+
+def _linear_forms(graph: Graph, overall: Ranges) -> LinearForms:
+    return LinearForms(graph, overall.values, overall.wraps)

@@ -1,0 +1,188 @@
+"""flex_attention: validate -> trace -> launch.
+
+In: query, key, value, a score mod and a block mask, as torch.nn.attention.flex_attention takes
+them. Out: attention, and on request its log-sum-exp and largest scores. Rejects arguments that do
+not fit together, saying what was expected, what came and the remedy.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexattn.block_mask import BlockMask
+from flexattn.errors import ArgumentError, DeviceError, DtypeError, ShapeError, message
+from flexattn.runtime.autograd import attend
+from flexattn.runtime.call import Call, Result
+from flexattn.trace import Mod, specialize, trace_score_mod
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class AuxRequest:
+    """Which auxiliary outputs to return."""
+
+    lse: bool = False
+    max_scores: bool = False
+
+
+@dataclass(frozen=True)
+class AuxOutput:
+    """lse: natural logarithm of the sum of exp(score), [B, Hq, Q]; max_scores [B, Hq, Q]. Both
+    float32 (float64 for float64 inputs), None where not requested."""
+
+    lse: Tensor | None = None
+    max_scores: Tensor | None = None
+
+
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score_mod: Callable | None = None,
+    block_mask: BlockMask | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: Mapping[str, Any] | None = None,
+    *,
+    return_aux: AuxRequest | None = None,
+) -> Any:
+    """softmax(score_mod(scale * query key^T)) value over the positions of `block_mask`.
+
+    Args:
+        query: [B, Hq, Q, D], float32, bfloat16, float16 or float64; any strides.
+        key, value: [B or 1, Hkv, KV, D] and [B or 1, Hkv, KV, Dv], of query's dtype and device.
+        score_mod: `(score, b, h, q_idx, kv_idx) -> score` on scalars; may capture tensors (which
+            get gradients) and numbers. h is the query head.
+        block_mask: from `create_block_mask` (or torch's).
+        scale: default 1 / sqrt(D).
+        enable_gqa: allow Hq to be a multiple of Hkv.
+        return_lse: deprecated; also return lse. Use return_aux.
+        kernel_options: hints for kernels; results do not depend on them.
+        return_aux: AuxRequest(lse, max_scores); the result is then (out, AuxOutput).
+
+    Returns: out [B, Hq, Q, Dv] in query's dtype; (out, lse) or (out, AuxOutput) on request. A
+        fully masked row has out 0 and lse -inf.
+
+    Raises: ShapeError, DtypeError, DeviceError, ArgumentError; TraceError for a mod that cannot be
+        traced; IndexOutOfRangeError for a captured tensor read out of range where attended.
+
+    Source: https://pytorch.org/blog/flexattention/
+
+    Examples:
+        >>> q, k, v = torch.randn(3, 1, 4, 128, 64)
+        >>> def softcap(score, b, h, q_idx, kv_idx):
+        ...     return 20 * torch.tanh(score / 20)
+        >>> flex_attention(q, k, v, score_mod=softcap).shape
+        torch.Size([1, 4, 128, 64])
+    """
+    if return_lse and return_aux is not None:
+        raise ArgumentError(message("return_lse and return_aux are both given.",
+                                    remedy="use return_aux=AuxRequest(lse=True) alone"))
+    if return_lse:
+        warnings.warn("return_lse is deprecated: use return_aux=AuxRequest(lse=True)",
+                      FutureWarning, stacklevel=2)
+    _check_tensors(query, key, value, enable_gqa)
+    aux = return_aux or AuxRequest(lse=return_lse)
+    result = attend(_call(query, key, value, score_mod, block_mask, scale, aux,
+                          kernel_options or {}))
+    return _returned(result, return_lse, return_aux)
+
+
+def _returned(result: Result, return_lse: bool, return_aux: AuxRequest | None) -> Any:
+    if return_aux is not None:
+        return result.out, AuxOutput(result.lse, result.max_scores)
+    return (result.out, result.lse) if return_lse else result.out
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable | None,
+          block_mask: Any, scale: float | None, aux: AuxRequest,
+          options: Mapping[str, Any]) -> Call:
+    mask: Mod | None = None
+    if block_mask is not None:
+        block_mask = _our_mask(block_mask)
+        _check_mask(block_mask, query, key)
+        mask = block_mask.traced(query.device)
+    score: Mod | None = None
+    if score_mod is not None:
+        dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
+        score = specialize(trace_score_mod(score_mod, dtype, query.device))
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    return Call(query, key, value, scale, score, mask, block_mask, aux.lse, aux.max_scores,
+                options)
+
+
+def _our_mask(block_mask: Any) -> BlockMask:
+    if isinstance(block_mask, BlockMask):
+        return block_mask
+    if type(block_mask).__name__ == "BlockMask" and hasattr(block_mask, "kv_indices"):
+        return BlockMask.from_torch(block_mask)
+    raise ArgumentError(message("block_mask is not a BlockMask.", expected="a BlockMask or None",
+                                got=type(block_mask).__name__,
+                                remedy="create_block_mask(mask_mod, B, H, Q_LEN, KV_LEN)"))
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor) or t.dim() != 4:
+            raise ShapeError(message(f"{name} must be a 4-D tensor.",
+                                     expected="[batch, heads, length, head_dim]",
+                                     got=str(tuple(getattr(t, "shape", ())) or type(t).__name__),
+                                     remedy="add a batch dimension with tensor[None]"))
+    if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+        raise DtypeError(message("query, key and value must have one floating-point dtype.",
+                                 expected="float32, bfloat16, float16 or float64",
+                                 got=f"{query.dtype}, {key.dtype}, {value.dtype}",
+                                 remedy="convert them with .to(dtype)"))
+    if key.device != query.device or value.device != query.device:
+        raise DeviceError(message("query, key and value must be on one device.",
+                                  expected=str(query.device), got=f"{key.device}, {value.device}",
+                                  remedy=f".to('{query.device}')"))
+    _check_shapes(query, key, value, enable_gqa)
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+    if key.shape[:3] != value.shape[:3]:
+        raise ShapeError(message("key and value do not fit together.",
+                                 expected="the same batch, heads and length", got=shapes))
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
+        raise ShapeError(message("query and key have different head dimensions.",
+                                 expected=f"key [..., {query.shape[-1]}]", got=shapes))
+    if key.shape[0] not in (1, query.shape[0]):
+        raise ShapeError(message("key and value have another batch size than query.",
+                                 expected=f"{query.shape[0]} or 1", got=shapes))
+    q_heads, kv_heads = query.shape[1], key.shape[1]
+    if q_heads != kv_heads and not enable_gqa:
+        raise ShapeError(message("query and key have different numbers of heads.",
+                                 expected=f"{q_heads} key heads", got=shapes,
+                                 remedy="pass enable_gqa=True for grouped-query attention"))
+    if kv_heads == 0 or q_heads % kv_heads:
+        if q_heads == kv_heads:
+            return
+        raise ShapeError(message("The number of query heads must be a multiple of that of key "
+                                 "heads.", expected=f"a multiple of {kv_heads}", got=shapes))
+
+
+def _check_mask(mask: BlockMask, query: Tensor, key: Tensor) -> None:
+    wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    if mask.shape[2:] != wanted[2:]:
+        raise ShapeError(message("block_mask was made for other lengths.",
+                                 expected=f"q_len, kv_len = {wanted[2:]}", got=str(mask.shape[2:]),
+                                 remedy="create_block_mask with these lengths"))
+    for size, n, name in zip(mask.shape[:2], wanted[:2], ("batch", "heads"), strict=True):
+        if size not in (1, n):
+            raise ShapeError(message(f"block_mask was made for another {name} size.",
+                                     expected=f"{n} or 1", got=str(size),
+                                     remedy=f"create_block_mask with {name} {n} or None"))
+    if mask.device != query.device:
+        raise DeviceError(message("block_mask is on another device.", expected=str(query.device),
+                                  got=str(mask.device), remedy=f".to('{query.device}')"))

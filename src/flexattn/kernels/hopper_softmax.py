@@ -1,0 +1,80 @@
+"""The arithmetic of Hopper's consumers: scores, online softmax, rows of the output.
+
+In: a tile of products q.k in registers (the tensor cores' layout: each thread has pairs of columns
+of two rows), float32. Everything here stays inside a thread, but for the maximum of a row, which
+is exchanged between the four threads that share it.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+
+_EX2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
+_LG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
+
+
+@gluon.jit
+def exp2(x):
+    return gl.inline_asm_elementwise(_EX2, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def log2(x):
+    return gl.inline_asm_elementwise(_LG2, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def column(x, layout: gl.constexpr):
+    """A number of each row, to be combined with a tile of `layout`."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, layout)), 1)
+
+
+@gluon.jit
+def _row_max(s):
+    """First within a thread, in two chains a row."""
+    groups: gl.constexpr = s.shape[1] // 8
+    top = gl.max(gl.max(s.reshape([s.shape[0], groups, 8]), 1), 1)
+    return gl.convert_layout(top, gl.SliceLayout(1, s.type.layout))
+
+
+@gluon.jit
+def _row_sums(p):
+    """One partial sum per thread: [M, 4]."""
+    groups: gl.constexpr = p.shape[1] // 8
+    return gl.sum(gl.sum(p.reshape([p.shape[0], groups, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _powers(s, top, to_base2):
+    """2 ** (to_base2 * (s - top)); 0 in a row in which nothing is attended."""
+    offset = gl.where(top == -float("inf"), 0.0, top * to_base2)
+    return exp2(s * to_base2 - gl.expand_dims(offset, 1)), offset
+
+
+@gluon.jit
+def first_softmax(s, to_base2):
+    """Unnormalised probabilities, maximum and partial sums of the first block of a row."""
+    top = _row_max(s)
+    p, _ = _powers(s, top, to_base2)
+    return p, top, _row_sums(p)
+
+
+@gluon.jit
+def next_softmax(s, top, total, to_base2):
+    """The same for a further block, and the factor for what was accumulated before."""
+    new_top = gl.maximum(top, _row_max(s))
+    p, offset = _powers(s, new_top, to_base2)
+    factor = exp2(top * to_base2 - offset)
+    total = total * column(factor, total.type.layout) + _row_sums(p)
+    return p, new_top, total, factor
+
+
+@gluon.jit
+def statistics(top, total, to_base2):
+    """Natural-log lse and the factor that normalises a row (0 where nothing was attended)."""
+    row_total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
+    empty = top == -float("inf")
+    lse = gl.where(empty, top, (top * to_base2 + log2(row_total)) * LN2)
+    return lse, gl.where(empty, 0.0, 1.0 / row_total)

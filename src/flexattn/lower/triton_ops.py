@@ -1,0 +1,234 @@
+"""Each operation as an expression of the Triton language: the table of lower/triton.py.
+
+Values of 16-bit floating types are held in float32, rounded after each operation; int64 is held
+in int32 where ranges prove it (`Facts.narrow`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from flexattn.ir.graph import Node
+from flexattn.ir.ops import FLOATS, INTEGERS, Op
+from flexattn.lower.integer_ranges import Range
+
+HALVES = frozenset({torch.float16, torch.bfloat16})
+Target = Literal["cuda", "hip", "interpreter"]
+TYPE_NAMES = {
+    torch.bool: "int1", torch.int8: "int8", torch.uint8: "uint8", torch.int16: "int16",
+    torch.int32: "int32", torch.int64: "int64", torch.float16: "float16",
+    torch.bfloat16: "bfloat16", torch.float32: "float32", torch.float64: "float64",
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the expression of an operation may depend on besides its operands.
+
+    fast: 16-bit attention inputs, whose rounding hides errors of 2^-11 in transcendentals.
+    """
+
+    target: Target
+    fast: bool
+    ranges: dict[Node, Range]
+
+    def storage(self, n: Node) -> str:
+        """The tl dtype a node's value is held in."""
+        if n.dtype in HALVES:
+            return "float32"
+        if n.dtype is torch.int64:
+            low, high = self.ranges[n]
+            return "int32" if low >= -(1 << 31) and high < 1 << 31 else "int64"
+        return TYPE_NAMES[n.dtype]
+
+
+Entry = Callable[..., str]
+
+
+def literal(value: bool | int | float) -> str:
+    """A constant as source text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return 'float("nan")' if value != value else ('float("inf")' if value > 0
+                                                      else '-float("inf")')
+    return repr(value)
+
+
+def plain(text: str) -> str:
+    """Without parentheses around the whole expression."""
+    depth = [0]
+    for letter in text:
+        depth.append(depth[-1] + (letter == "(") - (letter == ")"))
+    return text[1:-1] if text.startswith("(") and 0 not in depth[1:-1] else text
+
+
+def _call(name: str, fast: str | None = None) -> Entry:
+    def entry(c: Context, n: Node, *args: str) -> str:
+        chosen = fast if fast and c.fast and n.dtype is not torch.float64 else name
+        return f"{chosen}({', '.join(map(plain, args))})"
+
+    return entry
+
+
+def _wide_call(name: str, double: str, fast: str | None = None) -> Entry:
+    """A function of device_math, which is made for float32; float64 takes libdevice's."""
+    single = _call(name, fast)
+
+    def entry(c: Context, n: Node, *args: str) -> str:
+        if n.dtype is torch.float64 and c.target != "interpreter":
+            return f"libdevice.{double}({', '.join(map(plain, args))})"
+        return single(c, n, *args)
+
+    return entry
+
+
+def _infix(sign: str) -> Entry:
+    return lambda c, n, x, y: f"{x} {sign} {y}"
+
+
+def _tanh(c: Context, n: Node, x: str) -> str:
+    fast = "math.tanh_approx" if c.target == "cuda" else "math.tanh_exp2"
+    return _wide_call("math.tanh", "tanh", fast)(c, n, x)
+
+
+def _sqrt(c: Context, n: Node, x: str) -> str:
+    exact = n.dtype is torch.float32 and not c.fast
+    return f"tl.sqrt_rn({x})" if exact else f"tl.sqrt({x})"
+
+
+def _log(name: str) -> Entry:
+    return lambda c, n, x: f"tl.{name}({x})"
+
+
+def _round(c: Context, n: Node, x: str) -> str:
+    magic = "6755399441055744.0" if n.dtype is torch.float64 else "12582912.0"
+    return f"math.round_even({x}, {magic})"
+
+
+def _negate(c: Context, n: Node, x: str) -> str:
+    return f"{x} * -1.0" if n.dtype in FLOATS else f"0 - {x}"
+
+
+def _sign(c: Context, n: Node, x: str) -> str:
+    if n.dtype in FLOATS:
+        return f"tl.where({x} > 0.0, 1.0, tl.where({x} < 0.0, -1.0, {x} * 0.0))"
+    return f"({x} > 0).to(tl.{c.storage(n)}) - ({x} < 0).to(tl.{c.storage(n)})"
+
+
+def _divide(c: Context, n: Node, x: str, y: str) -> str:
+    """Fast: a product with the reciprocal of a constant."""
+    divisor = n.args[1]
+    if c.fast and n.dtype is not torch.float64 and divisor.is_const and divisor.attr:
+        return f"{x} * {literal(1.0 / divisor.attr)}"
+    return f"{x} / {y}"
+
+
+def _floor_divide(c: Context, n: Node, x: str, y: str) -> str:
+    if n.dtype in FLOATS:
+        return f"math.float_floor_divide({x}, {y})"
+    (low, _), (least, _) = (c.ranges[a] for a in n.args)
+    if low >= 0 and least > 0:
+        return f"{x} // {y}"
+    if least > 0:
+        return f"({x} - tl.where({x} < 0, {y} - 1, 0)) // {y}"
+    return f"math.floor_divide({x}, {y})"
+
+
+def _modulo(c: Context, n: Node, x: str, y: str) -> str:
+    if n.dtype in FLOATS:
+        return f"math.float_modulo({x}, {y})"
+    (low, _), (least, _) = (c.ranges[a] for a in n.args)
+    if low >= 0 and least > 0:
+        return f"{x} % {y}"
+    return f"math.floor_modulo({x}, {y})"
+
+
+def _power(c: Context, n: Node, x: str, y: str) -> str:
+    exponent = n.args[1]
+    if exponent.is_const and exponent.attr in (2, 3, 4):
+        return " * ".join([x] * int(exponent.attr))
+    if n.dtype in INTEGERS:
+        bits = max(c.ranges[exponent][1].bit_length(), 1)
+        return f"math.integer_power({x}, {y}, {min(bits, 63)})"
+    if c.target == "interpreter":
+        return f"math.power({x}, {y})"
+    return f"libdevice.pow({x}, {y})"
+
+
+def _extremum(name: str) -> Entry:
+    def entry(c: Context, n: Node, x: str, y: str) -> str:
+        nan = ", propagate_nan=tl.PropagateNan.ALL" if n.dtype in FLOATS else ""
+        return f"tl.{name}({plain(x)}, {plain(y)}{nan})"
+
+    return entry
+
+
+def _cast(c: Context, n: Node, x: str) -> str:
+    if n.dtype is torch.bool:
+        return f"{x} != 0"
+    if n.args[0].op is Op.NUMBER:
+        return f"tl.cast({x}, tl.{c.storage(n)})"
+    if c.storage(n) == c.storage(n.args[0]):
+        return x
+    return f"{x}.to(tl.{c.storage(n)})"
+
+
+def _sigmoid(c: Context, n: Node, x: str) -> str:
+    if n.dtype is torch.float64:
+        return f"1.0 / (1.0 + tl.exp(0.0 - {x}))"
+    return _call("math.sigmoid", "math.sigmoid_exp2")(c, n, x)
+
+
+def _exp(c: Context, n: Node, x: str) -> str:
+    if n.dtype is torch.float64:
+        return f"tl.exp({x})"
+    return f"tl.exp2({x} * {math.log2(math.e)!r})" if c.fast else f"math.exp({x})"
+
+
+TABLE: dict[Op, Entry] = {
+    Op.CAST: _cast,
+    Op.SQRT: _sqrt,
+    Op.RSQRT: _call("tl.rsqrt"),
+    Op.EXP: _exp,
+    Op.EXP2: _call("tl.exp2"),
+    Op.EXPM1: _wide_call("math.expm1", "expm1"),
+    Op.LOG: _log("log"),
+    Op.LOG2: _log("log2"),
+    Op.LOG1P: _wide_call("math.log1p", "log1p"),
+    Op.SIN: _call("tl.sin"),
+    Op.COS: _call("tl.cos"),
+    Op.TANH: _tanh,
+    Op.SIGMOID: _sigmoid,
+    Op.ERF: _call("tl.erf"),
+    Op.FLOOR: _call("tl.floor"),
+    Op.CEIL: _call("tl.ceil"),
+    Op.TRUNC: lambda c, n, x: f"tl.where({x} < 0.0, tl.ceil({x}), tl.floor({x}))",
+    Op.ROUND: _round,
+    Op.NEG: _negate,
+    Op.ABS: _call("tl.abs"),
+    Op.SIGN: _sign,
+    Op.NOT: lambda c, n, x: f"~{x}",
+    Op.ADD: _infix("+"),
+    Op.SUB: _infix("-"),
+    Op.MUL: _infix("*"),
+    Op.DIV: _divide,
+    Op.FLOORDIV: _floor_divide,
+    Op.MOD: _modulo,
+    Op.POW: _power,
+    Op.MIN: _extremum("minimum"),
+    Op.MAX: _extremum("maximum"),
+    Op.AND: _infix("&"),
+    Op.OR: _infix("|"),
+    Op.XOR: _infix("^"),
+    Op.SHL: _infix("<<"),
+    Op.SHR: _infix(">>"),
+    Op.LT: _infix("<"),
+    Op.LE: _infix("<="),
+    Op.EQ: _infix("=="),
+    Op.NE: _infix("!="),
+    Op.WHERE: _call("tl.where"),
+}

@@ -1,0 +1,51 @@
+"""One attention call in torch's autograd.
+
+In: a validated Call. Out: its Result, differentiable in query, key, value, the tensors captured by
+the score mod, and through out and lse. Rejects devices without a kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flexattn.errors import DeviceError, message
+from flexattn.runtime import blocked_backward, launch_cpu
+from flexattn.runtime.call import Call, Result
+
+
+def attend(call: Call) -> Result:
+    """Run the call; record it for backward where a gradient is wanted."""
+    if call.query.device.type != "cpu":
+        raise DeviceError(message("No kernel for this device yet.", expected="cpu",
+                                  got=str(call.query.device), remedy="move the tensors to the CPU"))
+    tensors = (call.query, call.key, call.value, *(call.score.captures if call.score else ()))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return Result(*_Attention.apply(call, *tensors))
+    return launch_cpu.forward(call)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        with_lse = Call(**{**vars(call), "want_lse": True})
+        result = launch_cpu.forward(with_lse)
+        ctx.call = call
+        ctx.save_for_backward(result.out, result.lse)
+        if result.max_scores is not None:
+            ctx.mark_non_differentiable(result.max_scores)
+        return result.out, result.lse if call.want_lse else None, result.max_scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None,
+                 _: Tensor | None) -> tuple[Tensor | None, ...]:
+        out, lse = ctx.saved_tensors
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        if not ctx.call.want_lse:
+            d_lse = None
+        grads = blocked_backward.backward(ctx.call, Result(out, lse), d_out, d_lse)
+        return None, grads.query, grads.key, grads.value, *grads.captures

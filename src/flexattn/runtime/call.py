@@ -1,0 +1,54 @@
+"""What passes between attention, autograd and the launchers: a call, its result, its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from flexattn.block_mask import BlockMask
+from flexattn.trace import Mod
+
+
+@dataclass(frozen=True)
+class Call:
+    """A validated attention call.
+
+    query [B, Hq, q_len, D], key [Bkv, Hkv, kv_len, D], value [Bkv, Hkv, kv_len, Dv] with Bkv in
+    {1, B} and Hq a multiple of Hkv; any strides, one dtype. `mask` is the traced mask_mod of
+    `block_mask` (None: every position of a non-empty block counts).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    score: Mod | None = None
+    mask: Mod | None = None
+    block_mask: BlockMask | None = None
+    want_lse: bool = False
+    want_max_scores: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Result:
+    """out [B, Hq, q_len, Dv] in the query's dtype; lse (natural log), max_scores [B, Hq, q_len]
+    in float32 (float64 for float64), None where not asked for."""
+
+    out: Tensor
+    lse: Tensor | None = None
+    max_scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients in the shapes of the call's tensors; `captures` has one entry (or None) for each
+    tensor of call.score.captures."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    captures: tuple[Tensor | None, ...] = ()

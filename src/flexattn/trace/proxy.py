@@ -1,0 +1,351 @@
+"""Proxies for the scalars of a mod, and the tape they record.
+
+In: Python operators and torch functions on `Proxy` (a traced scalar) and `View` (a captured tensor
+indexed in some of its dimensions). Out: entries (op, dtype, argument positions, attribute) on the
+`Tape`. Rejects operations that have no Op and no composition of Ops, and any request for a value.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexattn.errors import (
+    ControlFlowError,
+    TraceError,
+    UnsupportedOpError,
+    message,
+    user_location,
+)
+from flexattn.ir.ops import COMPARISON, DTYPES, Op, dtype_name
+
+RANDOM = frozenset({"rand", "randn", "randint", "rand_like", "randn_like", "randint_like",
+                    "bernoulli", "dropout", "multinomial", "normal", "randperm", "uniform_"})
+IN_PLACE = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "copy_",
+                      "__iand__", "__ior__", "__ixor__", "__ifloordiv__", "__imod__", "__ipow__"})
+
+_SAMPLES = {dtype: torch.ones((), dtype=dtype) for dtype in DTYPES}
+
+
+class Tape:
+    """entries: (op, dtype, args, attr); numbers: values of NUMBER's slots; captures: tensors."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.entries: list[tuple[Op, torch.dtype, tuple[int, ...], Any]] = []
+        self.numbers: list[bool | int | float] = []
+        self.captures: list[Tensor] = []
+        self._slots: dict[int, int] = {}
+
+    def record(self, op: Op, dtype: torch.dtype, args: tuple[int, ...], attr: Any = None) -> Proxy:
+        self.entries.append((op, dtype, args, attr))
+        return Proxy(self, len(self.entries) - 1, dtype)
+
+    def number(self, value: bool | int | float) -> Proxy:
+        """Each occurrence of a Python number has a slot of its own."""
+        self.numbers.append(value)
+        kind = torch.bool if isinstance(value, bool) else (
+            torch.int64 if isinstance(value, int) else torch.float64)
+        return self.record(Op.NUMBER, kind, (), len(self.numbers) - 1)
+
+    def load(self, tensor: Tensor, indices: list[Proxy]) -> Proxy:
+        slot = self._slots.get(id(tensor))
+        if slot is None:
+            slot = self._slots[id(tensor)] = len(self.captures)
+            self.captures.append(tensor)
+        args = tuple(self.cast(i, torch.int64).index for i in indices)
+        return self.record(Op.LOAD, tensor.dtype, args, slot)
+
+    def wrap(self, value: Any) -> Proxy:
+        if isinstance(value, Proxy):
+            return value
+        if isinstance(value, (bool, int, float)):
+            return self.number(value)
+        if isinstance(value, Tensor) and value.dim() == 0:
+            return self.load(value, [])
+        shape = tuple(value.shape) if isinstance(value, (Tensor, View)) else type(value).__name__
+        raise TraceError(message("A mod computes with something that is not a scalar.",
+                                 expected="a scalar, a number or a 0-d tensor", got=str(shape),
+                                 remedy="index the tensor in every dimension",
+                                 where=user_location()))
+
+    def cast(self, value: Proxy, dtype: torch.dtype) -> Proxy:
+        return value if value.dtype is dtype else self.record(Op.CAST, dtype, (value.index,))
+
+    def operands(self, *values: Any) -> tuple[list[Proxy], torch.dtype]:
+        """Proxies of one dtype, promoted as torch promotes scalars and Python numbers."""
+        dtype = _promote(*((type(v), None) if isinstance(v, (bool, int, float))
+                           else (None, v.dtype) for v in values))
+        return [self.cast(self.wrap(v), dtype) for v in values], dtype
+
+    def apply(self, op: Op, *values: Any, dtype: torch.dtype | None = None,
+              at_least: torch.dtype | None = None) -> Proxy:
+        """op on promoted operands; bool is promoted to `at_least` where the op needs numbers."""
+        args, common = self.operands(*values)
+        if at_least is not None and common is torch.bool:
+            args, common = [self.cast(a, at_least) for a in args], at_least
+        return self.record(op, dtype or common, tuple(a.index for a in args))
+
+    def float_apply(self, op: Op, *values: Any) -> Proxy:
+        """op on operands promoted to floating point (integers become the default dtype)."""
+        args, common = self.operands(*values)
+        if not common.is_floating_point:
+            common = torch.get_default_dtype()
+        return self.record(op, common, tuple(self.cast(a, common).index for a in args))
+
+
+@cache
+def _promote(*kinds: tuple[type | None, torch.dtype | None]) -> torch.dtype:
+    """torch's rule: dtypes of tensors first, Python numbers only raise the category."""
+    samples = [kind(1) if kind is not None else _SAMPLES[dtype]  # type: ignore[index]
+               for kind, dtype in kinds]
+    tensors = [s for s in samples if isinstance(s, Tensor)]
+    result = tensors[0].dtype if tensors else torch.result_type(samples[0], samples[-1])
+    for t in tensors[1:]:
+        result = torch.promote_types(result, t.dtype)
+    for s in samples:
+        if not isinstance(s, Tensor):
+            result = torch.result_type(_SAMPLES[result], s)
+    return result
+
+
+def reject_read(what: str) -> None:
+    raise ControlFlowError(message(
+        f"A mod asks for the Python value of a tensor ({what}).",
+        expected="tensor operations only: the function runs once for all positions",
+        remedy="use torch.where instead of if, & | ~ instead of and/or/not, torch.exp instead of "
+        "math.exp; read captured values outside of the mod", where=user_location()))
+
+
+def contains_proxy(values: Any) -> bool:
+    for v in values:
+        if isinstance(v, (Proxy, View)):
+            return True
+        if isinstance(v, (tuple, list)) and contains_proxy(v):
+            return True
+    return False
+
+
+def call_on_proxies(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
+    """A torch function with a proxy among its arguments."""
+    from flexattn.trace.torch_functions import FUNCTIONS  # the table needs this file's classes
+
+    name = getattr(func, "__name__", str(func))
+    if name == "__getitem__":
+        return index(tape, args[0], args[1])
+    if name in IN_PLACE or (name.endswith("_") and not name.startswith("_")):
+        raise TraceError(message(f"A mod writes into a tensor ({name}).",
+                                 remedy="compute a new value, for example with torch.where",
+                                 where=user_location()))
+    if name in RANDOM:
+        raise TraceError(message(f"A mod draws random numbers ({name}).", remedy="make the random "
+                                 "tensor outside of the mod and capture it",
+                                 where=user_location()))
+    rule = FUNCTIONS.get(name)
+    if rule is None:
+        raise UnsupportedOpError(message(
+            f"A mod calls {name}, which flexattn cannot trace.",
+            expected="elementwise operations on scalars", remedy="compose it of arithmetic, "
+            "comparisons, torch.where, exp, log, ... or compute it outside of the mod and "
+            "capture the result", where=user_location()))
+    try:
+        return rule(tape, *args, **kwargs)
+    except TypeError as error:
+        raise UnsupportedOpError(message(f"A mod calls {name} with arguments that flexattn cannot "
+                                         "trace.", got=str(error), where=user_location())) from None
+
+
+def scalar_factory(tape: Tape, name: str, args: tuple, kwargs: dict) -> Proxy | None:
+    """torch.tensor(2.0) and the like inside a mod are numbers, not captured tensors."""
+    if name in ("tensor", "as_tensor", "scalar_tensor") and isinstance(args[0], (bool, int, float)):
+        value = args[0]
+    elif name == "full" and tuple(args[0]) == ():
+        value = args[1] if len(args) > 1 else kwargs["fill_value"]
+    elif name in ("zeros", "ones") and args and args[0] == ():
+        value = 0.0 if name == "zeros" else 1.0
+    else:
+        return None
+    default = torch.get_default_dtype()
+    dtype = kwargs.get("dtype") or (default if isinstance(value, float) else None)
+    made = tape.number(value)
+    return tape.cast(made, dtype) if dtype else made
+
+
+def index(tape: Tape, target: Any, key: Any) -> Any:
+    """target[key]: a scalar when every dimension is indexed, otherwise a View."""
+    if isinstance(target, Proxy):
+        if key is Ellipsis or key == ():
+            return target
+        raise TraceError(message("A mod indexes a scalar.", got=f"[{key}]",
+                                 where=user_location()))
+    view = target if isinstance(target, View) else View(tape, target)
+    return view.index(key if isinstance(key, tuple) else (key,))
+
+
+class View:
+    """A captured tensor of which some dimensions are indexed by traced scalars."""
+
+    def __init__(self, tape: Tape, tensor: Tensor, fixed: tuple[Proxy | None, ...] = ()) -> None:
+        self.tape, self.tensor = tape, tensor
+        self.fixed = fixed or (None,) * tensor.dim()
+
+    dtype = property(lambda self: self.tensor.dtype)
+    device = property(lambda self: self.tape.device)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(s for s, f in zip(self.tensor.shape, self.fixed, strict=True)
+                          if f is None)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Any:
+        reject_read("iteration over a captured tensor")
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.index(key if isinstance(key, tuple) else (key,))
+
+    def index(self, keys: tuple) -> Any:
+        free = [i for i, f in enumerate(self.fixed) if f is None]
+        if Ellipsis in [k for k in keys if k is Ellipsis]:
+            at = next(i for i, k in enumerate(keys) if k is Ellipsis)
+            gap = len(free) - (len(keys) - 1)
+            keys = keys[:at] + (slice(None),) * gap + keys[at + 1:]
+        if len(keys) > len(free):
+            raise TraceError(message("A mod indexes a captured tensor in too many dimensions.",
+                                     expected=f"at most {len(free)}", got=str(len(keys)),
+                                     where=user_location()))
+        fixed = list(self.fixed)
+        for dim, key in zip(free, keys, strict=False):
+            if isinstance(key, slice) and key == slice(None):
+                continue
+            if isinstance(key, slice) or key is None or isinstance(key, (list, str)):
+                raise UnsupportedOpError(message(
+                    f"A mod indexes a captured tensor with {key!r}.",
+                    expected="scalars, numbers or `:`",
+                    remedy="slice the tensor outside of the mod", where=user_location()))
+            fixed[dim] = self._index(key)
+        if any(f is None for f in fixed):
+            return View(self.tape, self.tensor, tuple(fixed))
+        return self.tape.load(self.tensor, fixed)  # type: ignore[arg-type]
+
+    def _index(self, key: Any) -> Proxy:
+        key = self.tape.wrap(key)
+        if key.dtype.is_floating_point or key.dtype is torch.bool:
+            raise TraceError(message("A mod indexes a captured tensor with a value that is not an "
+                                     "integer.", expected="an integer", got=dtype_name(key.dtype),
+                                     remedy="convert it with .long() or .to(torch.int64)",
+                                     where=user_location()))
+        return key
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        tape = next(a for a in args if isinstance(a, (Proxy, View))).tape
+        return call_on_proxies(tape, func, args, kwargs or {})
+
+
+class Proxy:
+    """A traced scalar: behaves like a 0-d tensor."""
+
+    __slots__ = ("tape", "index", "dtype")
+
+    def __init__(self, tape: Tape, index: int, dtype: torch.dtype) -> None:
+        self.tape, self.index, self.dtype = tape, index, dtype
+
+    ndim = 0
+    shape = torch.Size(())
+    requires_grad = False
+    device = property(lambda self: self.tape.device)
+
+    def dim(self) -> int:
+        return 0
+
+    def size(self, dim: int | None = None) -> Any:
+        return torch.Size(())
+
+    def numel(self) -> int:
+        return 1
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        tape = _tape_of(args) or _tape_of(tuple((kwargs or {}).values()))
+        return call_on_proxies(tape, func, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        """Method spellings: x.exp() is torch.exp(x)."""
+        from flexattn.trace.torch_functions import FUNCTIONS
+
+        if name.startswith("__"):
+            raise AttributeError(name)
+        rule = FUNCTIONS.get(name)
+        if rule is not None:
+            return lambda *args, **kwargs: rule(self.tape, self, *args, **kwargs)
+        if name in ("item", "tolist", "numpy", "cpu"):
+            reject_read(f".{name}()")
+        if name.endswith("_"):
+            raise TraceError(message(f"A mod writes into a traced value (.{name}).",
+                                     remedy="compute a new value", where=user_location()))
+        raise UnsupportedOpError(message(f"A mod uses .{name}, which flexattn cannot trace.",
+                                         expected="elementwise operations on scalars",
+                                         where=user_location()))
+
+    def __getitem__(self, key: Any) -> Any:
+        return index(self.tape, self, key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TraceError(message("A mod writes into a traced value.",
+                                 remedy="compute a new value, for example with torch.where",
+                                 where=user_location()))
+
+    def __bool__(self) -> bool:
+        reject_read("if, and, or, not, bool()")
+        return False
+
+    def __int__(self) -> int:
+        reject_read("int()")
+        return 0
+
+    def __float__(self) -> float:
+        reject_read("float() or a math function")
+        return 0.0
+
+    def __index__(self) -> int:
+        reject_read("an index into a Python list, or range()")
+        return 0
+
+    def __iter__(self) -> Any:
+        reject_read("iteration")
+
+    def __len__(self) -> int:
+        reject_read("len()")
+        return 0
+
+    __hash__ = object.__hash__
+
+
+def _tape_of(values: tuple) -> Any:
+    for v in values:
+        if isinstance(v, (Proxy, View)):
+            return v.tape
+        if isinstance(v, (tuple, list)) and (found := _tape_of(tuple(v))):
+            return found
+    return None
+
+
+def compare(tape: Tape, op: Op, x: Any, y: Any) -> Proxy:
+    assert op in COMPARISON
+    return tape.apply(op, x, y, dtype=torch.bool)

@@ -1,0 +1,212 @@
+"""A user's Python mod -> Graph.
+
+In: a score mod `(score, b, h, q_idx, kv_idx)` or mask mod `(b, h, q_idx, kv_idx)`. The function
+runs once on proxies that record a tape; a TorchFunctionMode sees what proxies cannot (captured
+tensors indexed by them, factories, in-place writes, `.item()`). Out: a `Trace`, whose hashable key
+is the tape without the values of Python numbers, and from it, by `specialize`, a `Mod`: the
+simplified graph with its captured tensors and run-time numbers. Rejects, naming the user's line:
+Python control flow on traced values, random numbers, in-place writes, unknown operations,
+results of the wrong type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import flexattn.trace.torch_functions  # noqa: F401  gives proxies their operators
+from flexattn.errors import DeviceError, DtypeError, TraceError, message, user_location
+from flexattn.ir.graph import Capture, Graph, Node, cast, const, node
+from flexattn.ir.mod import Mod
+from flexattn.ir.ops import INDEX_INPUTS, Op, dtype_name
+from flexattn.ir.simplify import simplify
+from flexattn.trace.proxy import (
+    IN_PLACE,
+    RANDOM,
+    Proxy,
+    Tape,
+    View,
+    call_on_proxies,
+    contains_proxy,
+    reject_read,
+    scalar_factory,
+)
+
+Number = bool | int | float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """key: the skeleton (kind, operations, types). numbers: the value of each Python number at
+    each occurrence. captures: the captured tensors, in order of first use."""
+
+    kind: str
+    key: tuple
+    numbers: tuple[Number, ...]
+    captures: tuple[Tensor, ...]
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if contains_proxy(args) or contains_proxy(tuple(kwargs.values())):
+            return call_on_proxies(self.tape, func, args, kwargs)
+        name = getattr(func, "__name__", "")
+        if name in RANDOM:
+            raise TraceError(message(f"A mod draws random numbers ({name}).", remedy="make the "
+                                     "random tensor outside of the mod and capture it",
+                                     where=user_location()))
+        if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+            raise TraceError(message(f"A mod writes into a tensor ({name}).",
+                                     remedy="compute a new value, for example with torch.where",
+                                     where=user_location()))
+        if name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+            reject_read(f"{name} of a captured tensor")
+        made = scalar_factory(self.tape, name, args, kwargs)
+        return func(*args, **kwargs) if made is None else made
+
+
+def trace_score_mod(fn: Callable, dtype: torch.dtype = torch.float32,
+                    device: torch.device | str = "cpu") -> Trace:
+    """The trace of `fn(score, b, h, q_idx, kv_idx)` with a score of `dtype`."""
+    tape = Tape(torch.device(device))
+    score = tape.record(Op.INPUT, dtype, (), "score")
+    result = _run(fn, tape, [score, *_index_inputs(tape)], "score_mod")
+    if result.dtype is torch.bool or not result.dtype.is_floating_point:
+        raise DtypeError(message("A score_mod must return a floating-point score.",
+                                 expected=dtype_name(dtype), got=dtype_name(result.dtype),
+                                 remedy="a function that says what to keep is a mask_mod",
+                                 where=_definition(fn)))
+    return _finish("score", tape, tape.cast(result, dtype))
+
+
+def trace_mask_mod(fn: Callable, device: torch.device | str = "cpu") -> Trace:
+    """The trace of `fn(b, h, q_idx, kv_idx)`."""
+    tape = Tape(torch.device(device))
+    result = _run(fn, tape, _index_inputs(tape), "mask_mod")
+    if result.dtype is not torch.bool:
+        raise DtypeError(message("A mask_mod must return a bool: True where attended.",
+                                 expected="bool", got=dtype_name(result.dtype),
+                                 remedy="compare, for example `value != 0`",
+                                 where=_definition(fn)))
+    for tensor in tape.captures:
+        if tensor.requires_grad:
+            raise TraceError(message(
+                f"A mask_mod captures a tensor of shape {tuple(tensor.shape)} that requires grad, "
+                "but a mask has no gradient.", remedy="capture tensor.detach(), or use a score_mod",
+                where=_definition(fn)))
+    return _finish("mask", tape, result)
+
+
+def _index_inputs(tape: Tape) -> list[Proxy]:
+    return [tape.record(Op.INPUT, torch.int64, (), name) for name in INDEX_INPUTS]
+
+
+def _run(fn: Callable, tape: Tape, inputs: list[Proxy], role: str) -> Proxy:
+    try:
+        with _Mode(tape):
+            result = fn(*inputs)
+    except TypeError as error:
+        inside = error.__traceback__ is not None and error.__traceback__.tb_next is not None
+        if inside or "positional argument" not in str(error):
+            raise
+        names = ", ".join((["score"] if role == "score_mod" else []) + list(INDEX_INPUTS))
+        raise TraceError(message(f"The {role} does not take the right arguments.",
+                                 expected=f"{role}({names})", got=str(error),
+                                 where=_definition(fn))) from None
+    if isinstance(result, (bool, int, float)) or (isinstance(result, Tensor) and not result.dim()):
+        result = tape.wrap(result)
+    if not isinstance(result, Proxy):
+        what = "None" if result is None else f"a {type(result).__name__}"
+        if isinstance(result, (Tensor, View)):
+            what = f"a tensor of shape {tuple(result.shape)}"
+        raise TraceError(message(f"The {role} must return one scalar.", expected="a scalar",
+                                 got=what, remedy="index the tensor in every dimension",
+                                 where=_definition(fn)))
+    return result
+
+
+def _definition(fn: Callable) -> Any:
+    from flexattn.errors import Location
+
+    code = getattr(getattr(fn, "func", fn), "__code__", None)
+    return Location(code.co_filename, code.co_firstlineno, code.co_name) if code else None
+
+
+def _finish(kind: str, tape: Tape, result: Proxy) -> Trace:
+    for tensor in tape.captures:
+        if tensor.device != tape.device and (tensor.dim() or tensor.device.type != "cpu"):
+            raise DeviceError(message(
+                f"A mod captures a tensor of shape {tuple(tensor.shape)} on another device.",
+                expected=str(tape.device), got=str(tensor.device),
+                remedy=f"move it with .to('{tape.device}')"))
+    kinds = tuple((t.dim(), t.dtype, t.requires_grad) for t in tape.captures)
+    return Trace(kind, (kind, result.index, kinds, tuple(tape.entries)), tuple(tape.numbers),
+                 tuple(tape.captures))
+
+
+@dataclass
+class _Skeleton:
+    """What was seen of one trace key: the first numbers, and which slots varied since."""
+
+    numbers: tuple[Number, ...]
+    varying: frozenset[int] = frozenset()
+    graphs: dict[frozenset[int], Graph] = field(default_factory=dict)
+
+
+_skeletons: dict[tuple, _Skeleton] = {}
+
+
+def specialize(trace: Trace) -> Mod:
+    """Constants for the numbers that never varied, run-time numbers for the others.
+
+    Examples:
+        >>> mod = specialize(trace_mask_mod(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx))
+        >>> print(mod.graph)
+        %0 = input int64 kv_idx
+        %1 = input int64 q_idx
+        %2 = le bool %0 %1
+        return mask: %2
+    """
+    seen = _skeletons.get(trace.key)
+    if seen is None:
+        seen = _skeletons.setdefault(trace.key, _Skeleton(trace.numbers))
+    if repr(seen.numbers) != repr(trace.numbers):  # tells 0.0 from -0.0; NaN equals itself
+        pairs = zip(seen.numbers, trace.numbers, strict=True)
+        seen.varying |= {i for i, (old, new) in enumerate(pairs) if repr(old) != repr(new)}
+    graph = seen.graphs.get(seen.varying)
+    if graph is None:
+        graph = simplify(_graph(trace, sorted(seen.varying)))
+        seen.graphs[seen.varying] = graph
+    return Mod(graph, trace.captures, tuple(trace.numbers[i] for i in sorted(seen.varying)))
+
+
+def _graph(trace: Trace, varying: list[int]) -> Graph:
+    kind, result, kinds, entries = trace.key
+    slots = {number: slot for slot, number in enumerate(varying)}
+    nodes: list[Node] = []
+    for op, dtype, args, attr in entries:
+        if op is Op.NUMBER and attr not in slots:
+            nodes.append(const(trace.numbers[attr], dtype))
+        elif op is Op.CAST:
+            nodes.append(cast(nodes[args[0]], dtype))
+        else:
+            attr = slots[attr] if op is Op.NUMBER else attr
+            nodes.append(node(op, *(nodes[a] for a in args), dtype=dtype, attr=attr))
+    numbers = tuple(_dtype_of(trace.numbers[i]) for i in varying)
+    return Graph(((kind, nodes[result]),), tuple(Capture(*k) for k in kinds), numbers)
+
+
+def _dtype_of(value: Number) -> torch.dtype:
+    if isinstance(value, bool):
+        return torch.bool
+    return torch.int64 if isinstance(value, int) else torch.float64

@@ -1,0 +1,46 @@
+"""Fresh random inputs for every run; FLEXATTN_TEST_SEED=<n> repeats one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from flexattn import compile
+
+
+@pytest.fixture
+def seed() -> int:
+    """A new seed each time; pytest shows it with a failing test's output."""
+    value = int(os.environ.get("FLEXATTN_TEST_SEED") or secrets.randbits(32))
+    print(f"FLEXATTN_TEST_SEED={value}")
+    return value
+
+
+@pytest.fixture
+def rng(seed: int) -> np.random.Generator:
+    """numpy's generator for this test; torch's global one is seeded alike."""
+    torch.manual_seed(seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled kernels of the tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLEXATTN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        compile.cache_directory.cache_clear()
+        yield
+    compile.cache_directory.cache_clear()
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
