@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from itertools import product
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
