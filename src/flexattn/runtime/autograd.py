@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flexattn.errors import DeviceError, message
-from flexattn.runtime import blocked_backward, launch_cpu
+from flexattn.runtime import launch_cpu, launch_cpu_backward
 from flexattn.runtime.call import Call, Result
 
 
@@ -47,5 +47,5 @@ class _Attention(torch.autograd.Function):
         d_out = torch.zeros_like(out) if d_out is None else d_out
         if not ctx.call.want_lse:
             d_lse = None
-        grads = blocked_backward.backward(ctx.call, Result(out, lse), d_out, d_lse)
+        grads = launch_cpu_backward.backward(ctx.call, Result(out, lse), d_out, d_lse)
         return None, grads.query, grads.key, grads.value, *grads.captures
