@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 
+from flexattn import AuxRequest, create_block_mask, flex_attention
 from flexattn.errors import ArgumentError, ShapeError
 from flexattn.mods import (
     activation,
+    attention_sink,
     chain,
     head_bias,
     learned_bias,
@@ -71,6 +73,41 @@ def test_undo_softmax_gives_back_the_dtype_of_out():
     assert out.dtype is torch.bfloat16
 
 
+def sink_by_the_formula(query, key, value, sink, keep):
+    """The softmax over the scores and the sink, without the sink's column."""
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    scores = torch.where(keep, scores, -torch.inf)
+    column = sink.expand(query.shape[1])[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1] @ value
+
+
+@pytest.mark.parametrize("heads", [(), (4,)])
+def test_attention_sink_and_its_gradient(heads, rng):
+    length, hidden = rng.randrange(20, 200), rng.randrange(1, 10)
+    query, key, value = (torch.randn(2, 4, length, 16, dtype=torch.float64, requires_grad=True)
+                         for _ in range(3))
+    sink = torch.randn(heads, dtype=torch.float64, requires_grad=True)
+    i = torch.arange(length)
+    keep = (i[:, None] >= i) & (i >= hidden)  # the first queries attend nothing
+    block_mask = create_block_mask(
+        lambda b, h, q, kv: (q >= kv) & (kv >= hidden), None, None, length, length)
+    out, aux = flex_attention(query, key, value, block_mask=block_mask,
+                              return_aux=AuxRequest(lse=True))
+    got = attention_sink(out, aux.lse, sink)
+    wanted = sink_by_the_formula(query, key, value, sink, keep)
+    torch.testing.assert_close(got, wanted)
+    d_out, inputs = torch.randn_like(got), (query, key, value, sink)
+    for g, w in zip(torch.autograd.grad(got, inputs, d_out),
+                    torch.autograd.grad(wanted, inputs, d_out), strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_attention_sink_gives_back_the_dtype_of_out():
+    out = torch.ones(1, 1, 2, 4, dtype=torch.bfloat16)
+    got = attention_sink(out, torch.zeros(1, 1, 2), torch.zeros(1))
+    torch.testing.assert_close(got, torch.full_like(out, 0.5))
+
+
 def test_chain(rng):
     bias = torch.randn(3)
     check(chain(head_bias(bias), softcap(3.0)),
@@ -92,3 +129,5 @@ def test_errors():
         chain(softcap(1.0), 3)
     with pytest.raises(ShapeError, match="does not belong to out"):
         undo_softmax(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 4))
+    with pytest.raises(ShapeError, match="do not fit together"):
+        attention_sink(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3), torch.ones(3))

@@ -21,6 +21,7 @@ from flexattn.mods.position import (
 )
 from flexattn.mods.scores import (
     activation,
+    attention_sink,
     chain,
     head_bias,
     learned_bias,
@@ -33,6 +34,7 @@ __all__ = [
     "activation",
     "alibi",
     "alibi_slopes",
+    "attention_sink",
     "chain",
     "graphormer_edge",
     "graphormer_spatial",

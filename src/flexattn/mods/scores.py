@@ -117,6 +117,29 @@ def undo_softmax(out: Tensor, lse: Tensor) -> Tensor:
     return (out * torch.exp(lse).unsqueeze(-1)).to(out.dtype)
 
 
+def attention_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """Attention with one more, empty key of score `sink`: `out * sigmoid(lse - sink)`.
+
+    The sink takes its share `exp(sink) / (exp(sink) + sum_kv exp(score))` of each row's softmax
+    and adds no value; it is differentiable like out and lse, and needs no second pass.
+
+    out: [B, H, Q, D]; lse: float [B, H, Q], the natural logarithm, as flex_attention returns it;
+    sink: floating point [H] or [], usually learned. A row that attends nothing stays 0.
+
+    Errors: ShapeError where the shapes do not fit.
+    Source: gpt-oss, OpenAI 2025 (its `sinks`); StreamingLLM's softmax-off-by-one is sink = 0.
+    Example:
+        out, aux = flex_attention(q, k, v, return_aux=AuxRequest(lse=True))
+        out = attention_sink(out, aux.lse, sinks)
+    """
+    if out.shape[:-1] != lse.shape or tuple(sink.shape) not in ((), (out.shape[1],)):
+        raise ShapeError(message("out, lse and sink do not fit together",
+                                 expected="[B, H, Q, D], [B, H, Q] and [H] or []",
+                                 got=f"{list(out.shape)}, {list(lse.shape)}, {list(sink.shape)}"))
+    share = torch.sigmoid(lse - (sink[:, None] if sink.dim() else sink))
+    return (out * share.unsqueeze(-1)).to(out.dtype)
+
+
 def chain(*mods: ScoreMod) -> ScoreMod:
     """Mods one after the other, the first one first: `chain(alibi(slopes), softcap(30))`.
 
