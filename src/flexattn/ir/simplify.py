@@ -109,13 +109,23 @@ def _mod(n: Node) -> Node | None:
 
 
 def _pow(n: Node) -> Node | None:
+    """The powers that torch computes without pow, where the exponent is a number."""
     x, y = n.args
     if _is(y, 1):
         return x
     if _is(y, 2):
         return node(Op.MUL, x, x, dtype=n.dtype)
-    if _is(y, 0.5) and n.dtype in FLOATS:
+    if n.dtype not in FLOATS - {torch.float16} or not y.is_const:
+        return None
+    if y.attr == 0.5:
         return node(Op.SQRT, x, dtype=n.dtype)
+    if y.attr == -0.5:
+        return node(Op.RSQRT, x, dtype=n.dtype)
+    if y.attr == 3:
+        return node(Op.MUL, node(Op.MUL, x, x, dtype=n.dtype), x, dtype=n.dtype)
+    if y.attr in (-1, -2):
+        square = x if y.attr == -1 else node(Op.MUL, x, x, dtype=n.dtype)
+        return node(Op.DIV, const(1.0, n.dtype), square, dtype=n.dtype)
     return None
 
 

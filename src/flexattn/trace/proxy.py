@@ -10,22 +10,27 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from flexattn.errors import (
-    ControlFlowError,
+    DeviceError,
+    DtypeError,
     TraceError,
     UnsupportedOpError,
     message,
     user_location,
 )
 from flexattn.ir.ops import COMPARISON, DTYPES, Op, dtype_name
-
-RANDOM = frozenset({"rand", "randn", "randint", "rand_like", "randn_like", "randint_like",
-                    "bernoulli", "dropout", "multinomial", "normal", "randperm", "uniform_"})
-IN_PLACE = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "copy_",
-                      "__iand__", "__ior__", "__ixor__", "__ifloordiv__", "__imod__", "__ipow__"})
+from flexattn.trace.refusals import (
+    IN_PLACE,
+    RANDOM,
+    reject_random,
+    reject_read,
+    reject_write,
+    unsupported,
+)
 
 _SAMPLES = {dtype: torch.ones((), dtype=dtype) for dtype in DTYPES}
 
@@ -33,8 +38,8 @@ _SAMPLES = {dtype: torch.ones((), dtype=dtype) for dtype in DTYPES}
 class Tape:
     """entries: (op, dtype, args, attr); numbers: values of NUMBER's slots; captures: tensors."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, kind: str = "score") -> None:
+        self.device, self.kind = device, kind
         self.entries: list[tuple[Op, torch.dtype, tuple[int, ...], Any]] = []
         self.numbers: list[bool | int | float] = []
         self.captures: list[Tensor] = []
@@ -51,19 +56,46 @@ class Tape:
             torch.int64 if isinstance(value, int) else torch.float64)
         return self.record(Op.NUMBER, kind, (), len(self.numbers) - 1)
 
+    def literal(self, value: bool | int | float, dtype: torch.dtype) -> Proxy:
+        """A number that is part of what is computed: another value is another mod."""
+        return self.record(Op.CONST, dtype, (), value)
+
     def load(self, tensor: Tensor, indices: list[Proxy]) -> Proxy:
         slot = self._slots.get(id(tensor))
         if slot is None:
+            self._check(tensor)
             slot = self._slots[id(tensor)] = len(self.captures)
             self.captures.append(tensor)
         args = tuple(self.cast(i, torch.int64).index for i in indices)
         return self.record(Op.LOAD, tensor.dtype, args, slot)
+
+    def _check(self, tensor: Tensor) -> None:
+        """A CPU scalar may be captured by a mod of another device, as in torch."""
+        what = f"A mod captures a tensor of shape {tuple(tensor.shape)} "
+        if tensor.device != self.device and (tensor.dim() or tensor.device.type != "cpu"):
+            raise DeviceError(message(what + "that is on another device.",
+                                      expected=str(self.device), got=str(tensor.device),
+                                      remedy=f"move it with .to('{self.device}')",
+                                      where=user_location()))
+        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+            raise DtypeError(message(what + "of a type that mods cannot read.",
+                                     expected="a dense tensor of " + ", ".join(
+                                         sorted(map(dtype_name, DTYPES))),
+                                     got=f"{dtype_name(tensor.dtype)}, {tensor.layout}",
+                                     remedy="convert it outside of the mod",
+                                     where=user_location()))
+        if tensor.requires_grad and self.kind == "mask":
+            raise TraceError(message("A mask_mod" + what[5:] + "that requires grad, but a mask has "
+                                     "no gradient.", remedy="capture tensor.detach(), or use a "
+                                     "score_mod", where=user_location()))
 
     def wrap(self, value: Any) -> Proxy:
         if isinstance(value, Proxy):
             return value
         if isinstance(value, (bool, int, float)):
             return self.number(value)
+        if isinstance(value, np.generic):
+            return self.number(value.item())
         if isinstance(value, Tensor) and value.dim() == 0:
             return self.load(value, [])
         shape = tuple(value.shape) if isinstance(value, (Tensor, View)) else type(value).__name__
@@ -77,9 +109,12 @@ class Tape:
 
     def operands(self, *values: Any) -> tuple[list[Proxy], torch.dtype]:
         """Proxies of one dtype, promoted as torch promotes scalars and Python numbers."""
-        dtype = _promote(*((type(v), None) if isinstance(v, (bool, int, float))
-                           else (None, v.dtype) for v in values))
-        return [self.cast(self.wrap(v), dtype) for v in values], dtype
+        values = tuple(v.item() if isinstance(v, np.generic) else v for v in values)
+        proxies = [self.wrap(v) for v in values]
+        kinds = [(type(v), None) if isinstance(v, (bool, int, float)) else (None, p.dtype)
+                 for v, p in zip(values, proxies, strict=True)]
+        dtype = _promote(torch.get_default_dtype(), *kinds)
+        return [self.cast(p, dtype) for p in proxies], dtype
 
     def apply(self, op: Op, *values: Any, dtype: torch.dtype | None = None,
               at_least: torch.dtype | None = None) -> Proxy:
@@ -98,8 +133,9 @@ class Tape:
 
 
 @cache
-def _promote(*kinds: tuple[type | None, torch.dtype | None]) -> torch.dtype:
-    """torch's rule: dtypes of tensors first, Python numbers only raise the category."""
+def _promote(default: torch.dtype, *kinds: tuple[type | None, torch.dtype | None]) -> torch.dtype:
+    """torch's rule: dtypes of tensors first, Python numbers only raise the category. `default` is
+    torch's default dtype, which the rule reads."""
     samples = [kind(1) if kind is not None else _SAMPLES[dtype]  # type: ignore[index]
                for kind, dtype in kinds]
     tensors = [s for s in samples if isinstance(s, Tensor)]
@@ -110,14 +146,6 @@ def _promote(*kinds: tuple[type | None, torch.dtype | None]) -> torch.dtype:
         if not isinstance(s, Tensor):
             result = torch.result_type(_SAMPLES[result], s)
     return result
-
-
-def reject_read(what: str) -> None:
-    raise ControlFlowError(message(
-        f"A mod asks for the Python value of a tensor ({what}).",
-        expected="tensor operations only: the function runs once for all positions",
-        remedy="use torch.where instead of if, & | ~ instead of and/or/not, torch.exp instead of "
-        "math.exp; read captured values outside of the mod", where=user_location()))
 
 
 def contains_proxy(values: Any) -> bool:
@@ -131,26 +159,21 @@ def contains_proxy(values: Any) -> bool:
 
 def call_on_proxies(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
     """A torch function with a proxy among its arguments."""
-    from flexattn.trace.torch_functions import FUNCTIONS  # the table needs this file's classes
+    # The tables need this file's classes.
+    from flexattn.trace.torch_functions import FUNCTIONS, METHODS
 
     name = getattr(func, "__name__", str(func))
     if name == "__getitem__":
         return index(tape, args[0], args[1])
     if name in IN_PLACE or (name.endswith("_") and not name.startswith("_")):
-        raise TraceError(message(f"A mod writes into a tensor ({name}).",
-                                 remedy="compute a new value, for example with torch.where",
-                                 where=user_location()))
+        reject_write(name)
+    if kwargs.get("out") is not None:
+        reject_write(f"{name}, out=")
     if name in RANDOM:
-        raise TraceError(message(f"A mod draws random numbers ({name}).", remedy="make the random "
-                                 "tensor outside of the mod and capture it",
-                                 where=user_location()))
-    rule = FUNCTIONS.get(name)
+        reject_random(name)
+    rule = (METHODS if func is torch.Tensor.where else FUNCTIONS).get(name)
     if rule is None:
-        raise UnsupportedOpError(message(
-            f"A mod calls {name}, which flexattn cannot trace.",
-            expected="elementwise operations on scalars", remedy="compose it of arithmetic, "
-            "comparisons, torch.where, exp, log, ... or compute it outside of the mod and "
-            "capture the result", where=user_location()))
+        unsupported(f"calls {name}")
     try:
         return rule(tape, *args, **kwargs)
     except TypeError as error:
@@ -242,12 +265,18 @@ class View:
 
     def _index(self, key: Any) -> Proxy:
         key = self.tape.wrap(key)
-        if key.dtype.is_floating_point or key.dtype is torch.bool:
-            raise TraceError(message("A mod indexes a captured tensor with a value that is not an "
-                                     "integer.", expected="an integer", got=dtype_name(key.dtype),
+        if key.dtype.is_floating_point or key.dtype in (torch.bool, torch.uint8):
+            raise TraceError(message("A mod indexes a captured tensor with a value that is not a "
+                                     "signed integer.", expected="an integer",
+                                     got=dtype_name(key.dtype),
                                      remedy="convert it with .long() or .to(torch.int64)",
                                      where=user_location()))
         return key
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        unsupported(f"uses .{name} of a captured tensor")
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -266,7 +295,11 @@ class Proxy:
     ndim = 0
     shape = torch.Size(())
     requires_grad = False
+    __array_ufunc__ = None  # numpy's scalars leave their operators to ours
     device = property(lambda self: self.tape.device)
+
+    def __repr__(self) -> str:
+        return f"<traced {dtype_name(self.dtype)} scalar>"
 
     def dim(self) -> int:
         return 0
@@ -287,29 +320,26 @@ class Proxy:
 
     def __getattr__(self, name: str) -> Any:
         """Method spellings: x.exp() is torch.exp(x)."""
-        from flexattn.trace.torch_functions import FUNCTIONS
+        from flexattn.trace.torch_functions import METHODS
 
         if name.startswith("__"):
             raise AttributeError(name)
-        rule = FUNCTIONS.get(name)
+        rule = METHODS.get(name)
         if rule is not None:
             return lambda *args, **kwargs: rule(self.tape, self, *args, **kwargs)
         if name in ("item", "tolist", "numpy", "cpu"):
             reject_read(f".{name}()")
         if name.endswith("_"):
-            raise TraceError(message(f"A mod writes into a traced value (.{name}).",
-                                     remedy="compute a new value", where=user_location()))
-        raise UnsupportedOpError(message(f"A mod uses .{name}, which flexattn cannot trace.",
-                                         expected="elementwise operations on scalars",
-                                         where=user_location()))
+            reject_write(f".{name}")
+        if name in RANDOM:
+            reject_random(f".{name}")
+        unsupported(f"uses .{name}")
 
     def __getitem__(self, key: Any) -> Any:
         return index(self.tape, self, key)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise TraceError(message("A mod writes into a traced value.",
-                                 remedy="compute a new value, for example with torch.where",
-                                 where=user_location()))
+        reject_write("item assignment")
 
     def __bool__(self) -> bool:
         reject_read("if, and, or, not, bool()")

@@ -1,41 +1,77 @@
 """Which torch function, method or operator means which operations of the graph.
 
-In: the function's name as torch spells it and its arguments, some of them proxies. Out: a proxy.
-`FUNCTIONS` is the whole list of what a mod may call; pointwise functions without an Op of their
-own are composed here.
+In: the function's name as torch spells it and its arguments, some of them proxies. Out: a proxy,
+of torch's dtype. `FUNCTIONS` is the whole list of what a mod may call; pointwise functions without
+an Op of their own are in compositions.py. Rejects operand types that torch rejects.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from flexattn.errors import UnsupportedOpError, message, user_location
-from flexattn.ir.ops import Op
+from flexattn.ir.ops import Op, dtype_name
+from flexattn.trace.compositions import COMPOSED
 from flexattn.trace.proxy import Proxy, Tape, View, compare
 
 Rule = Callable[..., Any]
+
+
+def _refuse(dtype: torch.dtype, what: str, remedy: str) -> None:
+    raise UnsupportedOpError(message(f"A mod computes {what} of {dtype_name(dtype)}, which torch "
+                                     "does not define.", remedy=remedy, where=user_location()))
 
 
 def _float(op: Op) -> Rule:
     return lambda t, input: t.float_apply(op, input)
 
 
+def _number(op: Op) -> Rule:
+    def rule(t: Tape, input: Any) -> Proxy:
+        value = t.wrap(input)
+        if value.dtype is torch.bool:
+            _refuse(torch.bool, op.name.lower(), "convert it with .int() first")
+        return t.apply(op, value)
+
+    return rule
+
+
 def _rounding(op: Op) -> Rule:
     """floor, ceil, ...: the identity on integers."""
-    return lambda t, input: (t.apply(op, input) if t.wrap(input).dtype.is_floating_point
-                             else t.wrap(input))
+    number = _number(op)
+    return lambda t, input: (t.wrap(input) if _is_integer(t.wrap(input)) else number(t, input))
 
 
-def _number(op: Op) -> Rule:
-    return lambda t, input: t.apply(op, input)
+def _is_integer(x: Proxy) -> bool:
+    return not x.dtype.is_floating_point and x.dtype is not torch.bool
+
+
+def _round(t: Tape, input: Any, *, decimals: int = 0) -> Proxy:
+    value = t.wrap(input)
+    if decimals == 0 or not value.dtype.is_floating_point:
+        return _rounding(Op.ROUND)(t, value)
+    scale = 10.0 ** abs(decimals)
+    if decimals > 0:
+        return _div(t, t.apply(Op.ROUND, _mul(t, value, scale)), scale)
+    return _mul(t, t.apply(Op.ROUND, _div(t, value, scale)), scale)
+
+
+def _sign(t: Tape, input: Any) -> Proxy:
+    value = t.wrap(input)
+    return value if value.dtype is torch.bool else t.apply(Op.SIGN, value)
 
 
 def _arithmetic(op: Op) -> Rule:
-    return lambda t, input, other: t.apply(op, input, other, at_least=torch.int64)
+    def rule(t: Tape, input: Any, other: Any) -> Proxy:
+        args, dtype = t.operands(input, other)
+        if dtype is torch.bool:
+            _refuse(dtype, op.name.lower(), "convert one with .int() first")
+        return t.record(op, dtype, tuple(a.index for a in args))
+
+    return rule
 
 
 def _logic_of_bool(op: Op, bool_op: Op) -> Rule:
@@ -49,7 +85,15 @@ def _logic_of_bool(op: Op, bool_op: Op) -> Rule:
 
 
 def _bitwise(op: Op) -> Rule:
-    return lambda t, input, other: t.apply(op, input, other)
+    shift = op in (Op.SHL, Op.SHR)
+
+    def rule(t: Tape, input: Any, other: Any) -> Proxy:
+        args, dtype = t.operands(input, other)
+        if dtype.is_floating_point or (shift and dtype is torch.bool):
+            _refuse(dtype, op.name.lower(), "use torch.where or a comparison, or convert it")
+        return t.record(op, dtype, tuple(a.index for a in args))
+
+    return rule
 
 
 def _comparison(op: Op, swap: bool = False) -> Rule:
@@ -83,9 +127,32 @@ def _scaled(rule: Rule, op: Op) -> Rule:
 
 _mul = _logic_of_bool(Op.MUL, Op.AND)
 _add = _logic_of_bool(Op.ADD, Op.OR)
-_sub = _arithmetic(Op.SUB)
+
 _min = _logic_of_bool(Op.MIN, Op.AND)
 _max = _logic_of_bool(Op.MAX, Op.OR)
+_power = _arithmetic(Op.POW)
+_OWN_POWERS = (0.5, -0.5, 2, 3, -1, -2)
+
+
+def _pow(t: Tape, input: Any, exponent: Any) -> Proxy:
+    """Exponents that torch has a shorter way for are part of what is computed, not numbers that
+    may vary."""
+    if exponent is True:
+        return t.wrap(input)
+    if isinstance(exponent, (int, float)) and not isinstance(input, (int, float)):
+        _, common = t.operands(input, exponent)
+        if exponent < 0 and not common.is_floating_point:
+            _refuse(common, "a negative power", "convert it with .float() first")
+        if exponent in _OWN_POWERS:
+            exponent = t.literal(exponent, common)
+    return _power(t, input, exponent)
+
+
+def _sub(t: Tape, input: Any, other: Any) -> Proxy:
+    for x in (input, other):
+        if isinstance(x, bool) or getattr(x, "dtype", None) is torch.bool:
+            _refuse(torch.bool, "sub", "use ^ or ~, or convert it with .int() first")
+    return t.apply(Op.SUB, input, other)
 
 
 def _div(t: Tape, input: Any, other: Any, *, rounding_mode: str | None = None) -> Proxy:
@@ -103,13 +170,22 @@ def _div(t: Tape, input: Any, other: Any, *, rounding_mode: str | None = None) -
 
 
 def _fmod(t: Tape, input: Any, other: Any) -> Proxy:
-    """The remainder with the sign of the dividend."""
-    size = t.apply(Op.MOD, t.apply(Op.ABS, input), t.apply(Op.ABS, other))
-    return _where(t, compare(t, Op.LT, input, 0), t.apply(Op.NEG, size), size)
+    """The remainder with the sign of the dividend, that of a zero included."""
+    (x, y), dtype = t.operands(input, other)
+    size = _arithmetic(Op.MOD)(t, t.apply(Op.ABS, x), t.apply(Op.ABS, y))
+    if dtype.is_floating_point:
+        zero = t.apply(Op.AND, compare(t, Op.EQ, size, 0), compare(t, Op.EQ, x, 0))
+        size = _where(t, zero, x, size)
+    return _where(t, compare(t, Op.LT, x, 0), t.apply(Op.NEG, size), size)
 
 
-def _pow(t: Tape, input: Any, exponent: Any) -> Proxy:
-    return t.apply(Op.POW, input, exponent, at_least=torch.int64)
+def _quotient_of(t: Tape, input: Any, other: Any) -> Proxy:
+    """number / x: torch multiplies with the reciprocal."""
+    return _mul(t, t.float_apply(Op.DIV, 1, input), other)
+
+
+def _where_method(t: Tape, input: Any, condition: Any, other: Any) -> Proxy:
+    return _where(t, condition, input, other)
 
 
 def _where(t: Tape, condition: Any, input: Any, other: Any) -> Proxy:
@@ -126,7 +202,10 @@ def _clamp(t: Tape, input: Any, min: Any = None, max: Any = None) -> Proxy:
 
 
 def _not(t: Tape, input: Any) -> Proxy:
-    return t.apply(Op.NOT, input)
+    value = t.wrap(input)
+    if value.dtype.is_floating_point:
+        _refuse(value.dtype, "bitwise_not", "compare it first, for example x == 0")
+    return t.apply(Op.NOT, value)
 
 
 def _to(t: Tape, input: Any, *args: Any, **kwargs: Any) -> Proxy:
@@ -142,77 +221,62 @@ def _cast_to(dtype: torch.dtype) -> Rule:
 
 def _filled(t: Tape, like: Any, value: Any, dtype: torch.dtype | None = None, **_: Any) -> Proxy:
     if not isinstance(like, Proxy):
-        raise UnsupportedOpError(message("A mod makes a tensor that is not a scalar.",
-                                         remedy="make it outside of the mod and capture it",
-                                         where=user_location()))
+        _not_a_scalar()
     return t.cast(t.wrap(value), dtype or like.dtype)
 
 
+def _not_a_scalar() -> None:
+    raise UnsupportedOpError(message("A mod makes a tensor that is not a scalar.",
+                                     remedy="make it outside of the mod and capture it",
+                                     where=user_location()))
+
+
+def _like(value: Any) -> Rule:
+    return lambda t, like, dtype=None, **_: _filled(t, like, value, dtype)
+
+
 def _new(value: Any) -> Rule:
-    return lambda t, like, *_, dtype=None, **__: _filled(t, like, value, dtype)
+    def rule(t: Tape, like: Any, *size: Any, dtype: torch.dtype | None = None, **_: Any) -> Proxy:
+        if any(n != () for n in map(_as_tuple, size)):
+            _not_a_scalar()
+        return _filled(t, like, value, dtype)
+
+    return rule
+
+
+def _as_tuple(size: Any) -> Any:
+    return tuple(size) if isinstance(size, (list, tuple)) else size
+
+
+def _new_full(t: Tape, like: Any, size: Any, fill_value: Any, dtype: torch.dtype | None = None,
+              **_: Any) -> Proxy:
+    if _as_tuple(size) != ():
+        _not_a_scalar()
+    return _filled(t, like, fill_value, dtype)
+
+
+def _new_tensor(t: Tape, like: Any, data: Any, dtype: torch.dtype | None = None,
+                **_: Any) -> Proxy:
+    """As torch.tensor: the dtype is the data's own."""
+    made = t.wrap(data)
+    default = torch.get_default_dtype() if isinstance(data, float) else made.dtype
+    return t.cast(made, dtype or default)
 
 
 def _identity(t: Tape, input: Any, *_: Any, **__: Any) -> Any:
     return input
 
 
-def _relu(t: Tape, input: Any, inplace: bool = False) -> Proxy:
-    return t.apply(Op.MAX, input, 0)
+def _detach(t: Tape, input: Any) -> Any:
+    if isinstance(input, Proxy) and not input.dtype.is_floating_point:
+        return input
+    raise UnsupportedOpError(message(
+        "A mod detaches a traced value.", expected="a mod whose every value has its gradient",
+        remedy="detach a captured tensor outside of the mod", where=user_location()))
 
 
-def _silu(t: Tape, input: Any, inplace: bool = False) -> Proxy:
-    return _mul(t, input, t.float_apply(Op.SIGMOID, input))
-
-
-def _gelu(t: Tape, input: Any, approximate: str = "none") -> Proxy:
-    half = _mul(t, input, 0.5)
-    if approximate == "none":
-        erf = t.float_apply(Op.ERF, _mul(t, input, math.sqrt(0.5)))
-        return _mul(t, half, _add(t, erf, 1))
-    cube = _mul(t, _mul(t, input, input), input)
-    inner = _mul(t, _add(t, input, _mul(t, cube, 0.044715)), math.sqrt(2 / math.pi))
-    return _mul(t, half, _add(t, t.float_apply(Op.TANH, inner), 1))
-
-
-def _softplus(t: Tape, input: Any, beta: float = 1.0, threshold: float = 20.0) -> Proxy:
-    scaled = _mul(t, input, beta)
-    soft = _div(t, t.float_apply(Op.LOG1P, t.float_apply(Op.EXP, scaled)), beta)
-    return _where(t, compare(t, Op.LT, threshold, scaled), input, soft)
-
-
-def _leaky_relu(t: Tape, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Proxy:
-    return _where(t, compare(t, Op.LT, 0, input), input, _mul(t, input, negative_slope))
-
-
-def _elu(t: Tape, input: Any, alpha: float = 1.0, inplace: bool = False) -> Proxy:
-    negative = _mul(t, t.float_apply(Op.EXPM1, input), alpha)
-    return _where(t, compare(t, Op.LT, 0, input), input, negative)
-
-
-def _logsigmoid(t: Tape, input: Any) -> Proxy:
-    size = t.apply(Op.NEG, t.apply(Op.ABS, input))
-    return _sub(t, t.apply(Op.MIN, input, 0), t.float_apply(Op.LOG1P, t.float_apply(Op.EXP, size)))
-
-
-def _hyperbolic(sign: Op) -> Rule:
-    def rule(t: Tape, input: Any) -> Proxy:
-        up = t.float_apply(Op.EXP, input)
-        down = t.float_apply(Op.EXP, t.apply(Op.NEG, input))
-        return _mul(t, t.apply(sign, up, down), 0.5)
-
-    return rule
-
-
-def _isnan(t: Tape, input: Any) -> Proxy:
-    return compare(t, Op.NE, input, input)
-
-
-def _isinf(t: Tape, input: Any) -> Proxy:
-    return compare(t, Op.EQ, t.apply(Op.ABS, input), float("inf"))
-
-
-def _isfinite(t: Tape, input: Any) -> Proxy:
-    return compare(t, Op.LT, t.apply(Op.ABS, input), float("inf"))
+def _composed(fn: Callable) -> Rule:
+    return lambda t, *args, **kwargs: fn(*args, **kwargs)
 
 
 _FLOATS = {
@@ -220,9 +284,8 @@ _FLOATS = {
     "log": Op.LOG, "log2": Op.LOG2, "log1p": Op.LOG1P, "sin": Op.SIN, "cos": Op.COS,
     "tanh": Op.TANH, "sigmoid": Op.SIGMOID, "erf": Op.ERF,
 }
-_ROUNDINGS = {"floor": Op.FLOOR, "ceil": Op.CEIL, "trunc": Op.TRUNC, "fix": Op.TRUNC,
-              "round": Op.ROUND}
-_NUMBERS = {"neg": Op.NEG, "negative": Op.NEG, "abs": Op.ABS, "absolute": Op.ABS, "sign": Op.SIGN}
+_ROUNDINGS = {"floor": Op.FLOOR, "ceil": Op.CEIL, "trunc": Op.TRUNC, "fix": Op.TRUNC}
+_NUMBERS = {"neg": Op.NEG, "negative": Op.NEG, "abs": Op.ABS, "absolute": Op.ABS}
 _BITS = {"bitwise_and": Op.AND, "bitwise_or": Op.OR, "bitwise_xor": Op.XOR,
          "bitwise_left_shift": Op.SHL, "bitwise_right_shift": Op.SHR}
 _COMPARISONS = {"lt": (Op.LT, False), "less": (Op.LT, False), "le": (Op.LE, False),
@@ -231,9 +294,10 @@ _COMPARISONS = {"lt": (Op.LT, False), "less": (Op.LT, False), "le": (Op.LE, Fals
                 "ne": (Op.NE, False), "not_equal": (Op.NE, False)}
 _DTYPES = {"float": torch.float32, "double": torch.float64, "half": torch.float16,
            "bfloat16": torch.bfloat16, "int": torch.int32, "long": torch.int64,
-           "short": torch.int16, "char": torch.int8, "bool": torch.bool}
+           "short": torch.int16, "char": torch.int8, "byte": torch.uint8, "bool": torch.bool}
 
 FUNCTIONS: dict[str, Rule] = {
+    **{name: _composed(fn) for name, fn in COMPOSED.items()},
     **{name: _float(op) for name, op in _FLOATS.items()},
     **{name: _rounding(op) for name, op in _ROUNDINGS.items()},
     **{name: _number(op) for name, op in _NUMBERS.items()},
@@ -253,7 +317,12 @@ FUNCTIONS: dict[str, Rule] = {
     "remainder": _arithmetic(Op.MOD),
     "fmod": _fmod,
     "pow": _pow,
-    "square": lambda t, input: _mul(t, input, input),
+    "square": lambda t, input: t.apply(Op.MUL, input, input, at_least=torch.int64),
+    "round": _round,
+    "sign": _sign,
+    "sgn": _sign,
+    "positive": _identity,
+    "expit": _float(Op.SIGMOID),
     "reciprocal": lambda t, input: t.float_apply(Op.DIV, 1, input),
     "minimum": _min,
     "maximum": _max,
@@ -272,35 +341,20 @@ FUNCTIONS: dict[str, Rule] = {
     "masked_fill": lambda t, input, mask, value: t.cast(_where(t, mask, value, input),
                                                         t.wrap(input).dtype),
     "to": _to,
+    "type": _to,
     "type_as": _to,
-    "detach": _identity,
+    "detach": _detach,
     "clone": _identity,
     "contiguous": _identity,
     "squeeze": _identity,
-    "zeros_like": _new(0),
-    "ones_like": _new(1),
+    "zeros_like": _like(0),
+    "ones_like": _like(1),
     "full_like": _filled,
     "new_zeros": _new(0),
     "new_ones": _new(1),
-    "new_full": lambda t, like, size, fill_value, dtype=None, **_: _filled(
-        t, like, fill_value, dtype),
-    "new_tensor": lambda t, like, data, dtype=None, **_: _filled(t, like, data, dtype),
-    "isnan": _isnan,
-    "isinf": _isinf,
-    "isfinite": _isfinite,
-    "tan": lambda t, input: _div(t, t.float_apply(Op.SIN, input), t.float_apply(Op.COS, input)),
-    "sinh": _hyperbolic(Op.SUB),
-    "cosh": _hyperbolic(Op.ADD),
-    "log10": lambda t, input: _mul(t, t.float_apply(Op.LOG2, input), math.log10(2)),
-    "logsigmoid": _logsigmoid,
-    "relu": _relu,
-    "silu": _silu,
-    "gelu": _gelu,
-    "softplus": _softplus,
-    "leaky_relu": _leaky_relu,
-    "elu": _elu,
-    "hardtanh": lambda t, input, min_val=-1.0, max_val=1.0, inplace=False: _clamp(
-        t, input, min_val, max_val),
+    "new_full": _new_full,
+    "new_tensor": _new_tensor,
+    "is_floating_point": lambda t, input: input.dtype.is_floating_point,
 }
 
 OPERATORS: dict[str, Rule] = {
@@ -316,7 +370,12 @@ OPERATORS: dict[str, Rule] = {
 OPERATORS.update({f"__r{name[2:]}": _reflected(OPERATORS[name]) for name in (
     "__add__", "__sub__", "__mul__", "__truediv__", "__floordiv__", "__mod__", "__pow__",
     "__and__", "__or__", "__xor__", "__lshift__", "__rshift__")})
+OPERATORS["__rtruediv__"] = _quotient_of
 FUNCTIONS.update(OPERATORS)
+FUNCTIONS["log_sigmoid"] = FUNCTIONS["logsigmoid"]
+FUNCTIONS.update({f"special_{name}": FUNCTIONS[name] for name in (
+    "erf", "erfc", "exp2", "expit", "expm1", "log1p", "logit", "round", "sinc", "xlogy")})
+METHODS = {**FUNCTIONS, "where": _where_method}  # the condition comes second
 
 
 def _operator(rule: Rule) -> Callable[..., Any]:
@@ -328,3 +387,4 @@ def _operator(rule: Rule) -> Callable[..., Any]:
 
 for _name, _rule in OPERATORS.items():
     setattr(Proxy, _name, _operator(_rule))
+    setattr(View, _name, _operator(_rule))  # refuses, naming the dimensions left

@@ -11,6 +11,8 @@ results of the wrong type.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,22 +22,20 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import flexattn.trace.torch_functions  # noqa: F401  gives proxies their operators
-from flexattn.errors import DeviceError, DtypeError, TraceError, message, user_location
+from flexattn.errors import DtypeError, Location, TraceError, message
 from flexattn.ir.graph import Capture, Graph, Node, cast, const, node
 from flexattn.ir.mod import Mod
 from flexattn.ir.ops import INDEX_INPUTS, Op, dtype_name
 from flexattn.ir.simplify import simplify
 from flexattn.trace.proxy import (
-    IN_PLACE,
-    RANDOM,
     Proxy,
     Tape,
     View,
     call_on_proxies,
     contains_proxy,
-    reject_read,
     scalar_factory,
 )
+from flexattn.trace.refusals import IN_PLACE, RANDOM, reject_random, reject_read, reject_write
 
 Number = bool | int | float
 
@@ -61,14 +61,12 @@ class _Mode(TorchFunctionMode):
         if contains_proxy(args) or contains_proxy(tuple(kwargs.values())):
             return call_on_proxies(self.tape, func, args, kwargs)
         name = getattr(func, "__name__", "")
+        if kwargs.get("out") is not None:
+            reject_write(f"{name}, out=")
         if name in RANDOM:
-            raise TraceError(message(f"A mod draws random numbers ({name}).", remedy="make the "
-                                     "random tensor outside of the mod and capture it",
-                                     where=user_location()))
+            reject_random(name)
         if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
-            raise TraceError(message(f"A mod writes into a tensor ({name}).",
-                                     remedy="compute a new value, for example with torch.where",
-                                     where=user_location()))
+            reject_write(name)
         if name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
             reject_read(f"{name} of a captured tensor")
         made = scalar_factory(self.tape, name, args, kwargs)
@@ -91,19 +89,13 @@ def trace_score_mod(fn: Callable, dtype: torch.dtype = torch.float32,
 
 def trace_mask_mod(fn: Callable, device: torch.device | str = "cpu") -> Trace:
     """The trace of `fn(b, h, q_idx, kv_idx)`."""
-    tape = Tape(torch.device(device))
+    tape = Tape(torch.device(device), "mask")
     result = _run(fn, tape, _index_inputs(tape), "mask_mod")
     if result.dtype is not torch.bool:
         raise DtypeError(message("A mask_mod must return a bool: True where attended.",
                                  expected="bool", got=dtype_name(result.dtype),
                                  remedy="compare, for example `value != 0`",
                                  where=_definition(fn)))
-    for tensor in tape.captures:
-        if tensor.requires_grad:
-            raise TraceError(message(
-                f"A mask_mod captures a tensor of shape {tuple(tensor.shape)} that requires grad, "
-                "but a mask has no gradient.", remedy="capture tensor.detach(), or use a score_mod",
-                where=_definition(fn)))
     return _finish("mask", tape, result)
 
 
@@ -115,14 +107,9 @@ def _run(fn: Callable, tape: Tape, inputs: list[Proxy], role: str) -> Proxy:
     try:
         with _Mode(tape):
             result = fn(*inputs)
-    except TypeError as error:
-        inside = error.__traceback__ is not None and error.__traceback__.tb_next is not None
-        if inside or "positional argument" not in str(error):
-            raise
-        names = ", ".join((["score"] if role == "score_mod" else []) + list(INDEX_INPUTS))
-        raise TraceError(message(f"The {role} does not take the right arguments.",
-                                 expected=f"{role}({names})", got=str(error),
-                                 where=_definition(fn))) from None
+    except TypeError:
+        _check_signature(fn, inputs, role)
+        raise
     if isinstance(result, (bool, int, float)) or (isinstance(result, Tensor) and not result.dim()):
         result = tape.wrap(result)
     if not isinstance(result, Proxy):
@@ -135,20 +122,30 @@ def _run(fn: Callable, tape: Tape, inputs: list[Proxy], role: str) -> Proxy:
     return result
 
 
-def _definition(fn: Callable) -> Any:
-    from flexattn.errors import Location
+def _check_signature(fn: Callable, inputs: list[Proxy], role: str) -> None:
+    try:
+        inspect.signature(fn).bind(*inputs)
+    except TypeError as error:
+        names = ", ".join((["score"] if role == "score_mod" else []) + list(INDEX_INPUTS))
+        raise TraceError(message(f"The {role} does not take the right arguments.",
+                                 expected=f"{role}({names})", got=str(error),
+                                 where=_definition(fn))) from None
+    except ValueError:  # a builtin without a signature
+        pass
 
-    code = getattr(getattr(fn, "func", fn), "__code__", None)
+
+def _definition(fn: Any) -> Location | None:
+    """Where a mod is written: through partials, methods and callable objects."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    fn = inspect.unwrap(fn)
+    if not hasattr(fn, "__code__"):
+        fn = getattr(fn, "forward", None) or type(fn).__call__
+    code = getattr(fn, "__code__", None)
     return Location(code.co_filename, code.co_firstlineno, code.co_name) if code else None
 
 
 def _finish(kind: str, tape: Tape, result: Proxy) -> Trace:
-    for tensor in tape.captures:
-        if tensor.device != tape.device and (tensor.dim() or tensor.device.type != "cpu"):
-            raise DeviceError(message(
-                f"A mod captures a tensor of shape {tuple(tensor.shape)} on another device.",
-                expected=str(tape.device), got=str(tensor.device),
-                remedy=f"move it with .to('{tape.device}')"))
     kinds = tuple((t.dim(), t.dtype, t.requires_grad) for t in tape.captures)
     return Trace(kind, (kind, result.index, kinds, tuple(tape.entries)), tuple(tape.numbers),
                  tuple(tape.captures))
@@ -197,6 +194,8 @@ def _graph(trace: Trace, varying: list[int]) -> Graph:
     for op, dtype, args, attr in entries:
         if op is Op.NUMBER and attr not in slots:
             nodes.append(const(trace.numbers[attr], dtype))
+        elif op is Op.CONST:
+            nodes.append(const(attr, dtype))
         elif op is Op.CAST:
             nodes.append(cast(nodes[args[0]], dtype))
         else:

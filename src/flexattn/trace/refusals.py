@@ -1,0 +1,47 @@
+"""What a mod must not do, and the errors that say so.
+
+In: what the mod did. Out: an error with the user's line and the remedy; none of these return.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from flexattn.errors import (
+    ControlFlowError,
+    TraceError,
+    UnsupportedOpError,
+    message,
+    user_location,
+)
+
+RANDOM = frozenset({"rand", "randn", "randint", "rand_like", "randn_like", "randint_like",
+                    "bernoulli", "dropout", "multinomial", "normal", "randperm", "uniform_"})
+IN_PLACE = frozenset({"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "copy_",
+                      "__iand__", "__ior__", "__ixor__", "__ifloordiv__", "__imod__", "__ipow__"})
+
+
+def reject_read(what: str) -> NoReturn:
+    raise ControlFlowError(message(
+        f"A mod asks for the Python value of a tensor ({what}).",
+        expected="tensor operations only: the function runs once for all positions",
+        remedy="use torch.where instead of if, & | ~ instead of and/or/not, torch.exp instead of "
+        "math.exp; read captured values outside of the mod", where=user_location()))
+
+
+def unsupported(what: str) -> NoReturn:
+    raise UnsupportedOpError(message(
+        f"A mod {what}, which flexattn cannot trace.", expected="elementwise operations on scalars",
+        remedy="compose it of arithmetic, comparisons, torch.where, exp, log, ... or compute it "
+        "outside of the mod and capture the result", where=user_location()))
+
+
+def reject_write(what: str) -> NoReturn:
+    raise TraceError(message(f"A mod writes into a tensor ({what}).",
+                             remedy="compute a new value, for example with torch.where",
+                             where=user_location()))
+
+
+def reject_random(what: str) -> NoReturn:
+    raise TraceError(message(f"A mod draws random numbers ({what}).", remedy="make the random "
+                             "tensor outside of the mod and capture it", where=user_location()))
