@@ -60,7 +60,7 @@ TABLE: dict[Op, Callable[..., Tensor]] = {
     Op.DIV: _plain(torch.div),
     Op.FLOORDIV: _integer_safe(torch.floor_divide),
     Op.MOD: _integer_safe(torch.remainder),
-    Op.POW: lambda n, x, y: _power(x, y),
+    Op.POW: lambda n, x, y: _power(n, x, y),
     Op.MIN: _plain(torch.minimum),
     Op.MAX: _plain(torch.maximum),
     Op.AND: _plain(torch.bitwise_and),
@@ -115,11 +115,11 @@ def _load(n: Node, tensor: Tensor, indices: list[Tensor], report: OutOfRange | N
     return tensor[tuple(safe)] if safe else tensor
 
 
-def _power(x: Tensor, y: Tensor) -> Tensor:
-    """torch.pow; a negative integer exponent of an integer truncates towards zero instead of
-    raising."""
+def _power(n: Node, x: Tensor, y: Tensor) -> Tensor:
+    """torch.pow, which treats some constant exponents by themselves (x ** 0.5 is a square root);
+    a negative integer exponent of an integer truncates towards zero instead of raising."""
     if x.dtype.is_floating_point:
-        return torch.pow(x, y)
+        return torch.pow(x, n.args[1].attr if n.args[1].is_const else y)
     positive = torch.pow(x, y.clamp(min=0))
     inverse = torch.where(x == 1, 1, torch.where(x == -1, 1 - 2 * (y & 1), 0)).to(x.dtype)
     return torch.where(y < 0, inverse, positive)

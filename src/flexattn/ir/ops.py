@@ -6,7 +6,8 @@ table keyed by `Op`; a test demands that every table covers every Op.
 Types are torch dtypes. Operands of one operation have one common dtype: the tracer inserts CAST
 where torch would promote. Semantics are torch's on tensors, NaN and signed zeros included:
 MIN/MAX propagate NaN, FLOORDIV and MOD round towards minus infinity (Python's), integers wrap in
-their width, ROUND is half to even, SHR is arithmetic. An integer divided by zero has an
+their width, ROUND is half to even, SHR is arithmetic, a constant exponent of POW is torch's
+Python number (x ** 0.5 is a square root). An integer divided by zero has an
 unspecified value but must never trap.
 """
 

@@ -7,6 +7,7 @@ signed zeros, or are not here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -26,10 +27,15 @@ def simplify(graph: Graph) -> Graph:
             done[n] = n
             continue
         args = tuple(done[a] for a in n.args)
-        if n.op in COMMUTATIVE and args[0].is_const and not args[1].is_const:
+        if _may_swap(n) and args[0].is_const and not args[1].is_const:
             args = (args[1], args[0])
         done[n] = _reduce(node(n.op, *args, dtype=n.dtype, attr=n.attr))
     return graph.replace_outputs(*((name, done[n]) for name, n in graph.outputs))
+
+
+def _may_swap(n: Node) -> bool:
+    """MIN and MAX take the sign of a zero from one side."""
+    return n.op in COMMUTATIVE and not (n.op in (Op.MIN, Op.MAX) and n.dtype in FLOATS)
 
 
 def _reduce(n: Node) -> Node:
@@ -88,8 +94,10 @@ def _div(n: Node) -> Node | None:
 
 
 def _is_power_of_two(value: float) -> bool:
-    mantissa, exponent = abs(value).hex().split("p") if value == value else ("", "0")
-    return mantissa == "0x1.0000000000000" and abs(int(exponent)) < 126
+    if not math.isfinite(value):
+        return False
+    mantissa, exponent = math.frexp(abs(value))
+    return mantissa == 0.5 and abs(exponent) < 126
 
 
 def _floordiv(n: Node) -> Node | None:

@@ -121,7 +121,7 @@ def _power(lanes: Lanes, n: Node, x: Value, y: Value) -> Value:
     exponent = n.args[1].attr if n.args[1].is_const else None
     if exponent in (0.5, -0.5):
         return (_rsqrt if exponent < 0 else _intrinsic("sqrt"))(lanes, n, x)
-    if exponent is not None and exponent == int(exponent or 0) and 1 <= abs(exponent) <= 4:
+    if exponent is not None and 1 <= abs(exponent) <= 4 and exponent == int(exponent):
         product = _product_power(lanes, x, int(abs(exponent)))
         return product if exponent > 0 else lanes.e.fdiv(lanes.const(x, 1.0), product)
     return lanes.math(real_type(n.dtype)).pow(x, y)
