@@ -1,9 +1,14 @@
 """flexattn: any attention variant in a few lines of Python, at the speed of a fused kernel."""
 
+from typing import TYPE_CHECKING, Any
+
 from flexattn import masks, mods, reference
 from flexattn.attention import AuxOutput, AuxRequest, flex_attention
 from flexattn.block_mask import BlockMask, create_block_mask, create_mask
 from flexattn.masks.compose import and_masks, noop_mask, or_masks
+
+if TYPE_CHECKING:
+    from flexattn.integrations.replace_torch import replace_torch
 
 __all__ = [
     "AuxOutput",
@@ -18,5 +23,19 @@ __all__ = [
     "noop_mask",
     "or_masks",
     "reference",
+    "replace_torch",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Integrations, imported when first used."""
+    if name == "replace_torch":
+        from flexattn.integrations.replace_torch import replace_torch
+
+        return replace_torch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
