@@ -57,9 +57,9 @@ def cpu_name() -> str:
 
 
 def machine(device: str = "cpu") -> str:
-    """A directory name: processor and cores, or the accelerator."""
-    name = (f"{cpu_name()} {os.cpu_count()} cores" if device == "cpu"
-            else torch.get_device_module(device).get_device_name())
+    """A directory name: processor, cores and the vectors torch uses, or the accelerator."""
+    name = (f"{cpu_name()} {os.cpu_count()} cores {torch.backends.cpu.get_cpu_capability()}"
+            if device == "cpu" else torch.get_device_module(device).get_device_name())
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from flexattn import compile
 
@@ -99,6 +100,12 @@ def test_key_holds_host_and_generators(monkeypatch):
     ("+avx2,-fma", 128), ("+neon", 128)])
 def test_vector_width(features, bits):
     assert compile.Host("", "", features).vector_bits == bits
+
+
+def test_vectors_are_no_wider_than_torchs(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    limited = compile.host.__wrapped__()
+    assert "+avx512" not in limited.features and limited.vector_bits <= 256
 
 
 def test_wrong_ir_is_refused(directory):

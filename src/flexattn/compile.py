@@ -23,6 +23,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import torch
 from llvmlite import binding as llvm
 
 
@@ -45,8 +46,11 @@ class Host:
 
 @cache
 def host() -> Host:
-    return Host(llvm.get_process_triple(), llvm.get_host_cpu_name(),
-                llvm.get_host_cpu_features().flatten())
+    """The processor we run on, limited as torch is (ATEN_CPU_CAPABILITY=avx2)."""
+    features = llvm.get_host_cpu_features().flatten()
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        features = features.replace("+avx512", "-avx512")
+    return Host(llvm.get_process_triple(), llvm.get_host_cpu_name(), features)
 
 
 class Library:
