@@ -8,6 +8,7 @@ from flexattn.block_mask import BlockMask, create_block_mask, create_mask
 from flexattn.masks.compose import and_masks, noop_mask, or_masks
 
 if TYPE_CHECKING:
+    from flexattn.explanation import explain
     from flexattn.integrations.replace_torch import replace_torch
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "and_masks",
     "create_block_mask",
     "create_mask",
+    "explain",
     "flex_attention",
     "masks",
     "mods",
@@ -29,11 +31,15 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Integrations, imported when first used."""
+    """What most programs do without, imported when first used."""
     if name == "replace_torch":
         from flexattn.integrations.replace_torch import replace_torch
 
         return replace_torch
+    if name == "explain":
+        from flexattn.explanation import explain
+
+        return explain
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

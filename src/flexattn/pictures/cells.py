@@ -16,15 +16,24 @@ from torch import Tensor
 class Runs(Protocol):
     """The part of a RunTable (see docs/architecture.md) that a picture needs."""
 
-    offsets: Tensor
-    start: Tensor
-    end: Tensor
-    full: Tensor
-    batch: int
-    heads: int
-    num_rows: int
-    row_block: int
-    col_block: int
+    @property
+    def offsets(self) -> Tensor: ...
+    @property
+    def start(self) -> Tensor: ...
+    @property
+    def end(self) -> Tensor: ...
+    @property
+    def full(self) -> Tensor: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def row_block(self) -> int: ...
+    @property
+    def col_block(self) -> int: ...
 
 
 @dataclass(frozen=True)

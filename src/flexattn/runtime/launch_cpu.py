@@ -48,6 +48,11 @@ def forward(call: Call) -> Result:
     return Result(out, lse, max_scores)
 
 
+def kernel(call: Call) -> str:
+    """Which kernel takes it: "decode" or "forward"."""
+    return "decode" if _decodes(call) else "forward"
+
+
 def _like_query(q: Tensor, value_dim: int) -> Tensor:
     """An output with the query's order of heads and positions in memory."""
     batch, heads, q_len, _ = q.shape

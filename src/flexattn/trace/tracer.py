@@ -83,7 +83,7 @@ def trace_score_mod(fn: Callable, dtype: torch.dtype = torch.float32,
         raise DtypeError(message("A score_mod must return a floating-point score.",
                                  expected=dtype_name(dtype), got=dtype_name(result.dtype),
                                  remedy="a function that says what to keep is a mask_mod",
-                                 where=_definition(fn)))
+                                 where=definition(fn)))
     return _finish("score", tape, tape.cast(result, dtype))
 
 
@@ -95,7 +95,7 @@ def trace_mask_mod(fn: Callable, device: torch.device | str = "cpu") -> Trace:
         raise DtypeError(message("A mask_mod must return a bool: True where attended.",
                                  expected="bool", got=dtype_name(result.dtype),
                                  remedy="compare, for example `value != 0`",
-                                 where=_definition(fn)))
+                                 where=definition(fn)))
     return _finish("mask", tape, result)
 
 
@@ -118,7 +118,7 @@ def _run(fn: Callable, tape: Tape, inputs: list[Proxy], role: str) -> Proxy:
             what = f"a tensor of shape {tuple(result.shape)}"
         raise TraceError(message(f"The {role} must return one scalar.", expected="a scalar",
                                  got=what, remedy="index the tensor in every dimension",
-                                 where=_definition(fn)))
+                                 where=definition(fn)))
     return result
 
 
@@ -129,12 +129,12 @@ def _check_signature(fn: Callable, inputs: list[Proxy], role: str) -> None:
         names = ", ".join((["score"] if role == "score_mod" else []) + list(INDEX_INPUTS))
         raise TraceError(message(f"The {role} does not take the right arguments.",
                                  expected=f"{role}({names})", got=str(error),
-                                 where=_definition(fn))) from None
+                                 where=definition(fn))) from None
     except ValueError:  # a builtin without a signature
         pass
 
 
-def _definition(fn: Any) -> Location | None:
+def definition(fn: Any) -> Location | None:
     """Where a mod is written: through partials, methods and callable objects."""
     while isinstance(fn, functools.partial):
         fn = fn.func

@@ -1,0 +1,46 @@
+"""What explain says of a call on a GPU: the Triton source of its mods.
+
+In: a runtime.call.Call; its tensors may be on any device, so that a machine without a GPU can show
+the code. Out: the text of the generated module.
+"""
+
+from __future__ import annotations
+
+from flexattn.analysis.gradient import gradient
+from flexattn.explanation.report import Kernel
+from flexattn.ir.graph import Graph
+from flexattn.ir.mod import Mod
+from flexattn.lower.triton import Facts, lower
+from flexattn.lower.triton_facts import ModFacts, bound_of, mod_facts
+from flexattn.runtime.call import Call
+
+LANGUAGE = "Triton"
+
+
+def code(call: Call) -> dict[str, str]:
+    """Role -> source of the functions a kernel inlines, the gradient's among the score mod's."""
+    roles = {"score_mod": call.score, "mask_mod": call.mask}
+    return {role: _text(role, mod, call) for role, mod in roles.items() if mod is not None}
+
+
+def _text(role: str, mod: Mod, call: Call) -> str:
+    q, k = call.query, call.key
+    lengths = {"b": q.shape[0], "h": q.shape[1], "q_idx": q.shape[2], "kv_idx": k.shape[2]}
+    fast, bound = q.element_size() == 2, bound_of(*lengths.values())
+    known = mod_facts(mod.graph, mod.captures, mod.numbers, lengths)
+    if role == "mask_mod":
+        return lower(None, mod.graph, Facts("cuda", fast, bound, mask=known))
+    both = _with_reads(mod.graph)
+    derived: ModFacts = mod_facts(both, mod.captures, mod.numbers, lengths)
+    return lower(mod.graph, None, Facts("cuda", fast, bound, score=known, gradient=derived), both)
+
+
+def _with_reads(graph: Graph) -> Graph:
+    """The gradient with the reads its d_load<i> belong to."""
+    found = gradient(graph)
+    reads = ((f"load{i}", n) for i, n in enumerate(found.loads))
+    return found.graph.replace_outputs(*found.graph.outputs, *reads)
+
+
+def kernels(call: Call) -> tuple[Kernel, ...]:
+    return ()
