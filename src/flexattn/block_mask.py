@@ -19,11 +19,12 @@ from flexattn.analysis.block_sparsity import (
     FULL,
     PARTIAL,
     RunTable,
-    block_kinds,
     element_mask,
     kinds_of_runs,
+    mask_sparsity,
     runs_of_kinds,
 )
+from flexattn.analysis.runs import all_partial, transposed
 from flexattn.errors import ArgumentError, message
 from flexattn.trace import Mod, specialize, trace_mask_mod
 
@@ -53,8 +54,7 @@ class BlockMask:
     def columns(self) -> RunTable:
         """Runs of query blocks, for each column of key blocks."""
         if self._columns is None:
-            kinds = self._kinds().transpose(-1, -2)
-            self._columns = runs_of_kinds(kinds, *reversed(self.BLOCK_SIZE))
+            self._columns = transposed(self._rows, -(-self.seq_lengths[1] // self.BLOCK_SIZE[1]))
         return self._columns
 
     def traced(self, device: torch.device) -> Mod | None:
@@ -79,7 +79,9 @@ class BlockMask:
                 got=str(self.BLOCK_SIZE), remedy="make the mask with BLOCK_SIZE=128"))
         mod = self.traced(self.device)
         if mod is not None:
-            exact = block_kinds(mod, *self.shape[:2], q_len, kv_len, tile_q, tile_kv, self.device)
+            table = mask_sparsity(mod, *self.shape[:2], q_len, kv_len, tile_q, tile_kv,
+                                  self.device).table
+            exact = kinds_of_runs(table, -(-kv_len // tile_kv))
             undecided = torch.where(exact == FULL, PARTIAL, exact)
             full = (fine == FULL) | ((fine == PARTIAL) & (exact == FULL))
             fine = torch.where(full, FULL, torch.where(fine == EMPTY, EMPTY, undecided))
@@ -280,11 +282,10 @@ def create_block_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: in
     blocks = _block_size(BLOCK_SIZE)
     where = torch.device(device) if device is not None else torch.get_default_device()
     mod = specialize(trace_mask_mod(mask_mod, where))
-    kinds = block_kinds(mod, sizes["B"], sizes["H"], Q_LEN, KV_LEN, *blocks, where)
+    table = mask_sparsity(mod, sizes["B"], sizes["H"], Q_LEN, KV_LEN, *blocks, where).table
     if not separate_full_blocks:
-        kinds = kinds.clamp(max=PARTIAL)
-    return BlockMask(runs_of_kinds(kinds, *blocks), (Q_LEN, KV_LEN), (sizes["B"], sizes["H"]),
-                     mask_mod)
+        table = all_partial(table, -(-KV_LEN // blocks[1]))
+    return BlockMask(table, (Q_LEN, KV_LEN), (sizes["B"], sizes["H"]), mask_mod)
 
 
 def create_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int,

@@ -1,101 +1,229 @@
 """Which blocks of a mask are empty, partial or full, as rows of runs.
 
-In: a traced mask mod and the sizes. Out: a `RunTable`. Exact: every element is evaluated, in
-chunks of bounded memory, never Q x KV at once. A dimension (batch, head) that the mod does not
-read is evaluated once and stays broadcast.
+In: a traced mask mod and the sizes. Out: a `Sparsity`: a `RunTable`, and how it was found. Tiles of
+many blocks are split until their interval (analysis.interval) proves them empty or full; what is
+undecided at the size of a block goes to `analysis.undecided`. Always equal to evaluating every
+element. Memory is bounded: strips of rows of tiles are worked on one after the other, as many at
+once as are likely to fit. A dimension (batch, head) that the mod does not read stays broadcast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from flexattn.analysis.bounds import both
+from flexattn.analysis.interval import TileIntervals, Tiles
+from flexattn.analysis.interval_reads import aligned_span
+from flexattn.analysis.runs import (
+    EMPTY,
+    FULL,
+    PARTIAL,
+    Pieces,
+    RunTable,
+    kinds_of_runs,
+    pieces_of_kinds,
+    run_table,
+    runs_of_kinds,
+    stacked,
+)
+from flexattn.analysis.undecided import Found, Grid, Undecided
 from flexattn.ir.evaluate import evaluate
 from flexattn.ir.mod import Mod
 
-EMPTY, PARTIAL, FULL = range(3)
-_CHUNK = 1 << 22  # elements evaluated at once
+__all__ = ["EMPTY", "FULL", "PARTIAL", "RunTable", "Sparsity", "element_mask", "kinds_of_runs",
+           "mask_sparsity", "runs_of_kinds"]
 
 
 @dataclass(frozen=True)
-class RunTable:
-    """Rows of runs of blocks.
+class Sparsity:
+    """The blocks of a mask, and how many of them were decided how: `tiles` is the number of blocks,
+    `witnessed` were seen to hold both true and false at a few points, `split` were decided by
+    proofs over parts of them, `evaluated` by evaluating all of their elements; the rest are proved
+    as they are. `examples`: (image, row, column) of up to 64 evaluated blocks."""
 
-    offsets int32 [batch * heads * num_rows + 1]: the runs of row (b, h, r) are offsets[i] to
-    offsets[i + 1]; start, end int32 [runs]: blocks [start, end) along the other axis, ascending;
-    full bool [runs]: no element needs the mask. batch and heads are 1 where broadcast; row_block
-    and col_block are block sizes in tokens.
-    """
-
-    offsets: Tensor
-    start: Tensor
-    end: Tensor
-    full: Tensor
-    batch: int
-    heads: int
-    num_rows: int
-    row_block: int
-    col_block: int
-
-    def to(self, device: torch.device | str) -> RunTable:
-        moved = {name: getattr(self, name).to(device)
-                 for name in ("offsets", "start", "end", "full")}
-        return replace(self, **moved)
+    table: RunTable
+    found: Found
+    tiles: int
 
 
-def runs_of_kinds(kinds: Tensor, row_block: int, col_block: int) -> RunTable:
-    """The table of `kinds` uint8 [batch, heads, rows, columns] (EMPTY, PARTIAL or FULL)."""
-    batch, heads, rows, columns = kinds.shape
-    flat = kinds.reshape(-1, columns)
-    before = torch.nn.functional.pad(flat, (1, 0))[:, :-1] if columns else flat
-    after = torch.nn.functional.pad(flat, (0, 1))[:, 1:] if columns else flat
-    first = (flat != EMPTY) & (flat != before)
-    last = (flat != EMPTY) & (flat != after)
-    row, start = first.nonzero(as_tuple=True)
-    end = last.nonzero(as_tuple=True)[1] + 1
-    counts = torch.bincount(row, minlength=flat.shape[0])
-    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return RunTable(offsets.int(), start.int(), end.int(), flat[row, start] == FULL, batch, heads,
-                    rows, row_block, col_block)
+@dataclass(frozen=True)
+class _Plan:
+    """Most tiles along an axis at the coarsest level; children along each axis of a tile; tiles
+    worked on at once; blocks in the undecided tiles of strips refined together. An accelerator
+    likes few, large steps."""
+
+    widest: int
+    factor: int
+    at_once: int
+    strip_tiles: int
 
 
-def kinds_of_runs(table: RunTable, num_columns: int) -> Tensor:
-    """The uint8 [batch, heads, rows, columns] that `runs_of_kinds` takes."""
-    rows = table.batch * table.heads * table.num_rows
-    lengths = (table.end - table.start).long()
-    kinds = torch.zeros(rows, num_columns, dtype=torch.uint8, device=table.start.device)
-    counts = (table.offsets[1:] - table.offsets[:-1]).long()
-    row = torch.repeat_interleave(torch.arange(rows, device=counts.device), counts)
-    first = torch.repeat_interleave(table.start.long() - lengths.cumsum(0) + lengths, lengths)
-    columns = torch.arange(len(first), device=first.device) + first
-    kind = torch.where(table.full, FULL, PARTIAL).to(torch.uint8)
-    kinds[torch.repeat_interleave(row, lengths), columns] = torch.repeat_interleave(kind, lengths)
-    return kinds.view(table.batch, table.heads, table.num_rows, num_columns)
+_PLANS = {"cpu": _Plan(128, 8, 1 << 18, 1 << 21), "cuda": _Plan(256, 32, 1 << 23, 1 << 23)}
+_Tiles = tuple[Tensor, Tensor, Tensor]  # image, row and column of each, int64
 
 
-def block_kinds(mod: Mod, batch: int, heads: int, q_len: int, kv_len: int, q_block: int,
-                kv_block: int, device: torch.device) -> Tensor:
-    """Exact kinds [batch or 1, heads or 1, rows, columns] of the mask's blocks."""
+def mask_sparsity(mod: Mod, batch: int, heads: int, q_len: int, kv_len: int, q_block: int,
+                  kv_block: int, device: torch.device) -> Sparsity:
+    """The exact sparsity of a mask: `table` has batch and heads 1 where the mod does not read
+    them."""
     read = mod.graph.inputs()
-    batch, heads = batch if "b" in read else 1, heads if "h" in read else 1
-    rows, columns = -(-q_len // q_block), -(-kv_len // kv_block)
-    kinds = torch.zeros(batch, heads, rows, columns, dtype=torch.uint8, device=device)
-    for b, h in ((b, h) for b in range(batch) for h in range(heads)):
-        for row, top, bottom in _bands(q_len, q_block, kv_len):
-            attended = element_mask(mod, b, h, (top, bottom), kv_len, device)
-            kinds[b, h, row:row + -(-(bottom - top) // q_block)] |= _kinds(
-                attended, q_block, kv_block)
-    return kinds
+    grid = Grid(batch if "b" in read else 1, heads if "h" in read else 1, q_len, kv_len, q_block,
+                kv_block)
+    return _Refinement(mod, grid, device).sparsity()
 
 
-def _bands(q_len: int, q_block: int, kv_len: int) -> Iterator[tuple[int, int, int]]:
-    """(first row of blocks, first query, end query) of bands that fit a chunk."""
-    step = max(_CHUNK // max(kv_len * q_block, 1), 1) * q_block
-    for top in range(0, q_len, step):
-        yield top // q_block, top, min(top + step, q_len)
+class _Refinement:
+    """One mask refined from coarse tiles to blocks. A strip is a row of the coarsest tiles, of one
+    image (batch entry and head); strips are numbered in the order of the table's rows."""
+
+    def __init__(self, mod: Mod, grid: Grid, device: torch.device) -> None:
+        self.grid, self.device = grid, device
+        lengths = {"b": grid.batch, "h": grid.heads, "q_idx": grid.q_len, "kv_idx": grid.kv_len}
+        self.intervals = TileIntervals(mod.graph, mod.captures, mod.numbers, lengths,
+                                       base=(grid.q_block, grid.kv_block))
+        self.plan = _PLANS["cpu" if device.type == "cpu" else "cuda"]
+        self.undecided = Undecided(mod, self.intervals, grid, device)
+        self.scales = _scales(max(grid.rows, grid.columns), self.plan)
+        self.strips_per_image = -(-grid.rows // self.scales[0])
+
+    def sparsity(self) -> Sparsity:
+        grid = self.grid
+        strips = grid.images * self.strips_per_image
+        step = max(self.plan.at_once // max(-(-grid.columns // self.scales[0]), 1), 1)
+        tables = [table for first in range(0, strips, step) if grid.columns
+                  for table in self._strips(first, min(first + step, strips))]
+        if not tables:
+            tables = [self._nothing()]
+        table = stacked(tables, grid.batch, grid.heads, grid.rows)
+        return Sparsity(table, self.undecided.found, grid.images * grid.rows * grid.columns)
+
+    def _strips(self, first: int, end: int) -> Iterator[RunTable]:
+        """The rows of strips [first, end), in tables of as many strips as may be split at once."""
+        number = torch.arange(first, end, device=self.device)[:, None, None]
+        image = number // self.strips_per_image
+        row = number - image * self.strips_per_image
+        columns = -(-self.grid.columns // self.scales[0])
+        column = torch.arange(columns, device=self.device)[None, None]
+        kinds = self._kinds(image, row, column, self.scales[0], (end - first, 1, columns))
+        for a, b in self._split(kinds):
+            below = self._level(image[a:b], row[a:b], column, self.scales[0], kinds[a:b])
+            yield self._table(self._descend(*below), self._first_row(first + a),
+                              self._first_row(first + b))
+
+    def _split(self, kinds: Tensor) -> list[tuple[int, int]]:
+        """Where to cut strips, so that the blocks in undecided tiles of each part fit."""
+        strips, most = len(kinds), self.plan.strip_tiles // self.scales[0] ** 2
+        if kinds.numel() <= most or self.scales[0] == 1:
+            return [(0, strips)]
+        cuts, held = [0], 0
+        for strip, count in enumerate((kinds == PARTIAL).sum((1, 2)).tolist()):
+            if held and held + count > most:
+                cuts.append(strip)
+                held = 0
+            held += count
+        return list(zip(cuts, [*cuts[1:], strips], strict=True))
+
+    def _descend(self, pieces: Pieces, parents: _Tiles | None) -> list[Pieces]:
+        """All pieces of strips, from those of their coarsest tiles and the undecided ones."""
+        found = [pieces]
+        for above, scale in pairwise(self.scales):
+            if parents is None or not len(parents[0]):
+                break
+            factor = above // scale
+            step = max(self.plan.at_once // factor**2, 1)
+            offsets = torch.arange(factor, device=self.device)
+            undecided = []
+            for first in range(0, len(parents[0]), step):
+                image, row, column = (t[first : first + step, None, None] for t in parents)
+                row = row * factor + offsets[:, None]
+                column = column * factor + offsets
+                kinds = self._kinds(image, row, column, scale, (len(image), factor, factor))
+                pieces, below = self._level(image, row, column, scale, kinds)
+                found.append(pieces)
+                undecided += [] if below is None else [below]
+            parents = tuple(map(torch.cat, zip(*undecided, strict=True))) if undecided else None
+        return found
+
+    def _kinds(self, image: Tensor, row: Tensor, column: Tensor, scale: int,
+               shape: tuple[int, int, int]) -> Tensor:
+        """uint8 [parents, rows, columns]: what intervals say of tiles of `scale` x `scale` blocks;
+        PARTIAL where they leave it open."""
+        grid = self.grid
+        rows, columns = -(-grid.rows // scale), -(-grid.columns // scale)
+        inside: Tensor | bool = True
+        if rows % shape[1]:
+            inside, row = row < rows, row.clamp(max=rows - 1)
+        if columns % shape[2]:
+            inside, column = both(inside, column < columns), column.clamp(max=columns - 1)
+        tiles = Tiles(*self.grid.entry(image),
+                      aligned_span(row, scale * grid.q_block, grid.q_len),
+                      aligned_span(column, scale * grid.kv_block, grid.kv_len))
+        always, perhaps = self.intervals(tiles)[:2]
+        always, perhaps = both(always, inside), both(perhaps, inside)
+        kinds = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        return kinds.add_(always).add_(perhaps)  # always implies perhaps: 0, 1, 2
+
+    def _level(self, image: Tensor, row: Tensor, column: Tensor, scale: int,
+               kinds: Tensor) -> tuple[Pieces, _Tiles | None]:
+        """Pieces of the tiles that are decided, and the others; at the size of a block all are."""
+        _, height, width = kinds.shape
+        open_ = (kinds == PARTIAL).view(-1).nonzero().squeeze(1)
+        parent = open_ // (height * width)
+        line = open_ // width
+        tiles = (image.view(-1)[parent], row.expand(-1, height, 1).reshape(-1)[line],
+                 column.reshape(-1)[open_ - line * width if len(column) == 1 else
+                                    open_ - (line - parent) * width])
+        if scale == 1:
+            kinds.view(-1)[open_] = self.undecided.kinds(*tiles)
+        else:
+            kinds = kinds & FULL
+        pieces = pieces_of_kinds(kinds.view(-1, width))
+        parent = pieces.row // height
+        left = column[:, 0, 0][parent if len(column) > 1 else torch.zeros_like(parent)]
+        row = (image * self.grid.rows + row * scale).expand(-1, height, 1).reshape(-1)[pieces.row]
+        start, end = (left + pieces.start) * scale, (left + pieces.end) * scale
+        placed = Pieces(row, start, end.clamp(max=self.grid.columns), pieces.full)
+        return (placed, None) if scale == 1 else (self._in_rows(placed, scale), tiles)
+
+    def _in_rows(self, pieces: Pieces, scale: int) -> Pieces:
+        """Pieces of rows of tiles as pieces of rows of blocks."""
+        rows = self.grid.rows
+        row = pieces.row[:, None] + torch.arange(scale, device=self.device)
+        start, end, full = (t[:, None].expand_as(row).reshape(-1)
+                            for t in (pieces.start, pieces.end, pieces.full))
+        spread = Pieces(row.view(-1), start, end, full)
+        if rows % scale == 0:
+            return spread
+        image = (pieces.row // rows)[:, None]
+        return spread.select((row // rows == image).view(-1))
+
+    def _first_row(self, strip: int) -> int:
+        image, row = divmod(strip, self.strips_per_image)
+        return image * self.grid.rows + row * self.scales[0]
+
+    def _nothing(self) -> RunTable:
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        return self._table([Pieces(none, none, none, none.bool())], 0,
+                           self.grid.images * self.grid.rows)
+
+    def _table(self, pieces: list[Pieces], first_row: int, end_row: int) -> RunTable:
+        joined = Pieces.join(pieces)
+        moved = replace(joined, row=joined.row - first_row) if first_row else joined
+        return run_table(moved, self.grid.columns, 1, 1, end_row - first_row, self.grid.q_block,
+                         self.grid.kv_block)
+
+
+def _scales(blocks: int, plan: _Plan) -> list[int]:
+    """Sides of tiles in blocks, coarse to fine."""
+    scales = [1]
+    while -(-blocks // scales[-1]) > plan.widest:
+        scales.append(scales[-1] * plan.factor)
+    return scales[::-1]
 
 
 def element_mask(mod: Mod, b: int, h: int, rows: tuple[int, int], kv_len: int,
@@ -109,17 +237,3 @@ def element_mask(mod: Mod, b: int, h: int, rows: tuple[int, int], kv_len: int,
     }
     attended = evaluate(mod.graph, inputs, mod.captures, mod.numbers)["mask"]
     return attended.expand(rows[1] - rows[0], kv_len)
-
-
-def _kinds(attended: Tensor, q_block: int, kv_block: int) -> Tensor:
-    counts = _block_sums(attended, q_block, kv_block)
-    areas = _block_sums(torch.ones_like(attended), q_block, kv_block)
-    return ((counts > 0).to(torch.uint8) + (counts == areas).to(torch.uint8) * (counts > 0))
-
-
-def _block_sums(attended: Tensor, q_block: int, kv_block: int) -> Tensor:
-    q_len, kv_len = attended.shape
-    padded = torch.nn.functional.pad(
-        attended.to(torch.uint8), (0, -kv_len % kv_block, 0, -q_len % q_block))
-    rows, columns = padded.shape[0] // q_block, padded.shape[1] // kv_block
-    return padded.view(rows, q_block, columns, kv_block).sum((1, 3), dtype=torch.int32)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from flexattn.analysis.bounds import (
     to_real,
     unbounded,
 )
-from flexattn.analysis.interval_reads import Reads
+from flexattn.analysis.interval_reads import Reads, Span
 from flexattn.analysis.interval_rules import TABLE
 from flexattn.analysis.linear import LinearForms, Residuals
 from flexattn.ir.graph import Graph, Node
@@ -41,31 +40,24 @@ Values = dict[Node, Interval]
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles [q_lo, q_hi] x [kv_lo, kv_hi], ends included, int64 [n] each; b and h are a position
-    per tile, or one int for all."""
+    """Tiles q x kv of the mask for batch entry b and head h: tensors that broadcast together, all
+    of one rank, so that what depends on q alone is computed once for many kv. b and h are a
+    position per tile, or one int for all."""
 
     b: Tensor | int
     h: Tensor | int
-    q_lo: Tensor
-    q_hi: Tensor
-    kv_lo: Tensor
-    kv_hi: Tensor
-
-    def __len__(self) -> int:
-        return self.q_lo.shape[0]
-
-    def select(self, chosen: Tensor) -> Tiles:
-        """The tiles with these numbers."""
-        columns: list[Any] = [t.index_select(0, chosen) if isinstance(t, Tensor) else t
-                              for t in self.columns()]
-        return Tiles(*columns)
-
-    def columns(self) -> tuple[Tensor | int, ...]:
-        return self.b, self.h, self.q_lo, self.q_hi, self.kv_lo, self.kv_hi
+    q: Span
+    kv: Span
 
     def inputs(self) -> dict[str, Interval]:
-        return {"b": point(self.b), "h": point(self.h), "q_idx": Interval(self.q_lo, self.q_hi),
-                "kv_idx": Interval(self.kv_lo, self.kv_hi)}
+        return {"b": point(self.b), "h": point(self.h), "q_idx": self.q.interval,
+                "kv_idx": self.kv.interval}
+
+    def span(self, n: Node) -> Span | None:
+        """The positions that n stands for, if it is one of them."""
+        if n.op is not Op.INPUT:
+            return None
+        return self.q if n.attr == "q_idx" else self.kv if n.attr == "kv_idx" else None
 
 
 @dataclass(frozen=True)
@@ -133,13 +125,14 @@ def _fits(x: Interval, dtype: torch.dtype) -> bool:
 
 
 class TileIntervals:
-    """Evaluates one output of a graph on tiles. `lengths`: of b, h, q_idx and kv_idx."""
+    """Evaluates one output of a graph on tiles. `lengths`: of b, h, q_idx and kv_idx; `base`: sizes
+    in tokens (q, kv) that those of most tiles are multiples of."""
 
     def __init__(self, graph: Graph, captures: Sequence[Tensor],
                  numbers: Sequence[bool | int | float], lengths: Mapping[str, int],
-                 output: str = "mask") -> None:
+                 base: tuple[int, int] = (1, 1), output: str = "mask") -> None:
         self.graph, self.output = graph, graph.output(output)
-        self.reads = Reads(captures)
+        self.reads, self.base = Reads(captures), base
         bounds = {name: (0, max(n - 1, 0)) for name, n in lengths.items()}
         self.overall = overall_ranges(graph, bounds, self.reads, numbers)
         self.linear = _linear_forms(graph, self.overall)
@@ -172,13 +165,21 @@ class TileIntervals:
             elif n.op is Op.INPUT:
                 values[n] = inputs[n.attr]
             elif n.op is Op.LOAD:
-                values[n] = self.reads.interval(n.attr, [values[a] for a in n.args])
+                values[n] = self._read(n, [values[a] for a in n.args], tiles)
             elif n.op in LEAVES:
                 values[n] = self.overall.values[n]
             else:
                 found = self._apply(n, [values[a] for a in n.args])
                 values[n] = residuals.sharpened(n, found) if n in self.linear.shared else found
         return values
+
+    def _read(self, n: Node, args: list[Interval], tiles: Tiles) -> Interval:
+        ranged = [d for d, x in enumerate(args) if not x.is_point]
+        span = tiles.span(n.args[ranged[0]]) if len(ranged) == 1 else None
+        if span is not None and span.number is not None:
+            base = self.base[0] if span is tiles.q else self.base[1]
+            return self.reads.consecutive(n.attr, args, ranged[0], span, base)
+        return self.reads.interval(n.attr, args)
 
     def _apply(self, n: Node, args: Sequence[Interval]) -> Interval:
         found = TABLE[n.op](n, *args)

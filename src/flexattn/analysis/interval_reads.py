@@ -9,6 +9,7 @@ a range is covered by two of them in each dimension. Memory is linear, or less, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from math import prod
@@ -36,12 +37,37 @@ _COARSEST = 32  # elements behind one entry of the finest level
 _DIRECT = 64  # elements of a range up to which they are read one by one
 
 
+@dataclass(frozen=True)
+class Span:
+    """Ranges of positions [lo, hi], ends included, int64 tensors; `size` is the most that one
+    covers. `number` is given where every range is the number-th of consecutive ranges of `size`
+    positions, cut at `length`."""
+
+    lo: Tensor
+    hi: Tensor
+    size: int
+    number: Tensor | None = None
+    length: int = 0
+
+    @property
+    def interval(self) -> Interval:
+        return point(self.lo) if self.size == 1 else Interval(self.lo, self.hi)
+
+
+def aligned_span(number: Tensor, size: int, length: int) -> Span:
+    """The number-th of consecutive ranges of `size` positions below `length`."""
+    lo = number * size
+    hi = lo + (size - 1)
+    return Span(lo, hi.clamp(max=length - 1) if length % size else hi, size, number, length)
+
+
 class Reads:
     """The captured tensors of a mod, ready for reads over ranges."""
 
     def __init__(self, captures: Sequence[Tensor]) -> None:
         self.captures = [t.detach() for t in captures]
         self._tables: dict[tuple[int, tuple[int, ...]], RangeTable] = {}
+        self._consecutive: dict[tuple[int, int, int, int], Interval] = {}
         self._whole: dict[int, Interval] = {}
 
     def interval(self, slot: int, indices: Sequence[Interval]) -> Interval:
@@ -55,12 +81,39 @@ class Reads:
         ranges = tuple(d for d, place in enumerate(places) if not place.is_point)
         if not ranges:
             return _points(_read(tensor, [p.lo for p in places]))
-        lengths = [int((places[d].hi - places[d].lo).max()) + 1 for d in ranges]
-        if prod(lengths) <= _DIRECT:
-            return _one_by_one(tensor, places, dict(zip(ranges, lengths, strict=True)))
+        if tensor.device.type == "cpu":  # an accelerator would have to be waited for
+            lengths = [int((places[d].hi - places[d].lo).max()) + 1 for d in ranges]
+            if prod(lengths) <= _DIRECT:
+                return _one_by_one(tensor, places, dict(zip(ranges, lengths, strict=True)))
         if (slot, ranges) not in self._tables:
             self._tables[slot, ranges] = RangeTable(tensor, ranges)
         return self._tables[slot, ranges].query(places)
+
+    def consecutive(self, slot: int, indices: Sequence[Interval], dim: int, span: Span,
+                    base: int) -> Interval:
+        """Reads at points, but for dimension `dim`, where consecutive ranges are read; `base` is a
+        length that those of most reads are multiples of."""
+        tensor = self.captures[slot]
+        if not tensor.numel():
+            return point(_zero(tensor.dtype))
+        values = self._of_consecutive(slot, dim, span.size, span.length, base)
+        places = [_inside(x, n) for d, (x, n) in enumerate(zip(indices, tensor.shape, strict=True))
+                  if d != dim]
+        at = [*(place.lo for place in places), span.number]
+        lo, hi = (_restored(_read(v, at), tensor.dtype) for v in values[:2])
+        return _with_nan(lo, hi, _read(values.nan, at)) if values.nan is not None else Interval(
+            lo, hi, False)
+
+    def _of_consecutive(self, slot: int, dim: int, size: int, length: int, base: int) -> Interval:
+        key = (slot, dim, size, length)
+        found = self._consecutive.get(key)
+        if found is None:
+            if size > base and size % base == 0:
+                found = _coarser(self._of_consecutive(slot, dim, base, length, base), size // base)
+            else:
+                found = _consecutive(self.captures[slot], dim, size, length)
+            self._consecutive[key] = found
+        return found
 
     def whole(self, slot: int) -> Interval:
         """All values of a tensor; on an accelerator, where that would wait for it, any value."""
@@ -78,6 +131,30 @@ class Reads:
                 ends = _ordered(flat).aminmax()
                 self._whole[slot] = Interval(*(_restored(e, tensor.dtype).item() for e in ends))
         return self._whole[slot]
+
+
+def _coarser(fine: Interval, factor: int) -> Interval:
+    lo, hi = (_in_groups(x, factor, -(-x.shape[-1] // factor)) for x in fine[:2])
+    nan = None if fine.nan is None else _in_groups(fine.nan, factor, lo.shape[-2]).any(-1)
+    return Interval(lo.amin(-1), hi.amax(-1), nan)
+
+
+def _in_groups(values: Tensor, size: int, count: int) -> Tensor:
+    """The last dimension as [count, size]; its last element repeated where it is too short."""
+    short = count * size - values.shape[-1]
+    if short > 0:
+        values = torch.cat([values, values[..., -1:].expand(*values.shape[:-1], short)], -1)
+    return values.unflatten(-1, (count, size))
+
+
+def _consecutive(tensor: Tensor, dim: int, size: int, length: int) -> Interval:
+    """Minima, maxima and whether there is NaN (None: none) of ranges of `size` elements of
+    dimension `dim`, which comes last."""
+    values = _in_groups(tensor.movedim(dim, -1)[..., :length], size, -(-length // size))
+    if tensor.dtype not in FLOATS:
+        return Interval(*_ordered(values).aminmax(dim=-1), None)
+    least, most = _without_nan(values)
+    return Interval(least.amin(-1), most.amax(-1), values.isnan().any(-1))
 
 
 class RangeTable:
@@ -138,18 +215,18 @@ class RangeTable:
                 k = torch.where(1 << k == last - first + 1, k, k + 1)
                 ends.append((first >> k, last >> k))
             level = level * count + k
-        start, *strides = (column.index_select(0, level) for column in self.columns)
+        start, *strides = (_read(column, [level]) for column in self.columns)
         for stride, place in zip(strides, moved[:self.points], strict=False):
             start = start + stride * place.lo
         at = [reduce(lambda total, pair: total + pair[0] * pair[1],
                      zip(strides[self.points:], corner, strict=True), start)
               for corner in product(*ends)]
-        lo = reduce(torch.minimum, (self.least.index_select(0, i) for i in at))
-        hi = reduce(torch.maximum, (self.most.index_select(0, i) for i in at))
+        lo = reduce(torch.minimum, (_read(self.least, [i]) for i in at))
+        hi = reduce(torch.maximum, (_read(self.most, [i]) for i in at))
         lo, hi = _restored(lo, self.dtype), _restored(hi, self.dtype)
         if self.nan is None:
             return Interval(lo, hi)
-        nan = reduce(torch.maximum, (self.nan.index_select(0, i) for i in at))
+        nan = reduce(torch.maximum, (_read(self.nan, [i]) for i in at))
         return _with_nan(lo, hi, nan.bool())
 
 
