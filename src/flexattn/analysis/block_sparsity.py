@@ -146,7 +146,7 @@ class _Refinement:
                 pieces, below = self._level(image, row, column, scale, kinds)
                 found.append(pieces)
                 undecided += [] if below is None else [below]
-            parents = tuple(map(torch.cat, zip(*undecided, strict=True))) if undecided else None
+            parents = _joined(undecided) if undecided else None
         return found
 
     def _kinds(self, image: Tensor, row: Tensor, column: Tensor, scale: int,
@@ -216,6 +216,11 @@ class _Refinement:
         moved = replace(joined, row=joined.row - first_row) if first_row else joined
         return run_table(moved, self.grid.columns, 1, 1, end_row - first_row, self.grid.q_block,
                          self.grid.kv_block)
+
+
+def _joined(tiles: list[_Tiles]) -> _Tiles:
+    image, row, column = map(torch.cat, zip(*tiles, strict=True))
+    return image, row, column
 
 
 def _scales(blocks: int, plan: _Plan) -> list[int]:
