@@ -119,13 +119,15 @@ def compare_with_autograd(make):
     derived = gradient(traced.graph)
     inputs = dict(zip(("b", "h", "q_idx", "kv_idx"), index_grids(), strict=True))
     captures = [c.detach() for c in traced.captures]
-    out = evaluate(derived.graph, {**inputs, "score": score.detach(), "grad": grad}, captures)
+    out = evaluate(derived.graph, {**inputs, "score": score.detach(), "grad": grad}, captures,
+                   traced.numbers)
     torch.testing.assert_close(out["d_score"].expand(B, H, Q, K), expected[0])
 
     everything = {**inputs, "score": score.detach()}
     total = torch.zeros_like(table)
     for i, load in enumerate(derived.loads):
-        at = [evaluate(traced.graph.replace_outputs(("i", a)), everything, captures)["i"]
+        at = [evaluate(traced.graph.replace_outputs(("i", a)), everything, captures,
+                       traced.numbers)["i"]
               .expand(B, H, Q, K) for a in load.args]
         total.index_put_(tuple(at), out[f"d_load{i}"].expand(B, H, Q, K), accumulate=True)
     wanted = torch.zeros_like(table) if expected[1] is None else expected[1]

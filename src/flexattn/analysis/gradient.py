@@ -3,7 +3,8 @@
 In: the graph of a score mod. Out: a `Gradient`: a graph of the same inputs and `grad` (the
 cotangent of the mod's result) with outputs `d_score` and one `d_load<i>` for each read of a
 captured tensor that requires grad. Reverse mode over the nodes with one rule per Op, as torch
-defines the derivative (0 at kinks of floor and sign; half to each of equal minimum operands).
+defines the derivative (0 at kinks of floor and sign; half to each of equal minimum operands,
+all to the value that is clamped).
 Cotangents are float32, or float64 for float64 values.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from flexattn.ir.graph import Graph, Node, cast, const, node
-from flexattn.ir.ops import FLOATS, Op
+from flexattn.ir.ops import CLAMP, FLOATS, Op
 from flexattn.ir.simplify import simplify
 
 
@@ -148,8 +149,12 @@ def _pow(n: Node, g: Node) -> tuple[Node, Node]:
 
 
 def _extremum(n: Node, g: Node) -> tuple[Node, Node]:
-    """To the operand chosen; half to each where they are equal."""
+    """To the operand chosen; half to each where they are equal, all to the first in a clamp."""
     x, y = n.args
+    if n.attr == CLAMP:
+        low, high = (x, y) if n.op is Op.MIN else (y, x)
+        inside = node(Op.LE, low, high, dtype=torch.bool)
+        return _where(inside, g, _zero(g)), _where(_less(high, low), g, _zero(g))
     half = _scale(g, 0.5)
     first = _less(x, y) if n.op is Op.MIN else _less(y, x)
     second = _less(y, x) if n.op is Op.MIN else _less(x, y)

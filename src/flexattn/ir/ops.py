@@ -57,7 +57,7 @@ class Op(IntEnum):
     FLOORDIV = 44
     MOD = 45
     POW = 46
-    MIN = 47
+    MIN = 47  # attr: None, or CLAMP
     MAX = 48
     # Bool or integer, two operands
     AND = 50
@@ -82,6 +82,8 @@ BITWISE = frozenset(op for op in Op if Op.AND <= op <= Op.SHR)
 COMPARISON = frozenset(op for op in Op if Op.LT <= op <= Op.NE)
 BINARY = ARITHMETIC | BITWISE | COMPARISON
 COMMUTATIVE = frozenset({Op.ADD, Op.MUL, Op.MIN, Op.MAX, Op.AND, Op.OR, Op.XOR, Op.EQ, Op.NE})
+
+CLAMP = "clamp"  # the gradient of two equal operands goes to the first, not half to each
 
 INDEX_INPUTS = ("b", "h", "q_idx", "kv_idx")
 INTEGERS = frozenset({torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8})

@@ -276,16 +276,17 @@ def selu(input: Any, inplace: bool = False) -> Any:
 
 
 def relu(input: Any, inplace: bool = False) -> Any:
-    return torch.clamp(input, min=0)
+    return torch.where(input <= 0, 0, input).to(input.dtype)
 
 
 def relu6(input: Any, inplace: bool = False) -> Any:
-    return torch.clamp(input, 0, 6)
+    return hardtanh(input, 0.0, 6.0)
 
 
 def hardtanh(input: Any, min_val: float = -1.0, max_val: float = 1.0,
              inplace: bool = False) -> Any:
-    return torch.clamp(input, min_val, max_val)
+    inside = torch.where(input >= max_val, max_val, input)
+    return torch.where(input <= min_val, min_val, inside).to(input.dtype)
 
 
 def leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Any:
@@ -294,7 +295,7 @@ def leaky_relu(input: Any, negative_slope: float = 0.01, inplace: bool = False) 
 
 @_rounded_once
 def hardsigmoid(input: Any, inplace: bool = False) -> Any:
-    return torch.clamp(input + 3, 0, 6) / 6
+    return hardtanh(input + 3, 0.0, 6.0) / 6
 
 
 @_rounded_once

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from flexattn.errors import UnsupportedOpError, message, user_location
-from flexattn.ir.ops import Op, dtype_name
+from flexattn.ir.ops import CLAMP, Op, dtype_name
 from flexattn.trace.compositions import COMPOSED
 from flexattn.trace.proxy import Proxy, Tape, View, compare
 
@@ -196,9 +196,11 @@ def _where(t: Tape, condition: Any, input: Any, other: Any) -> Proxy:
 
 def _clamp(t: Tape, input: Any, min: Any = None, max: Any = None) -> Proxy:
     out = t.wrap(input)
-    if min is not None:
-        out = t.apply(Op.MAX, out, min)
-    return out if max is None else t.apply(Op.MIN, out, max)
+    for op, bound in ((Op.MAX, min), (Op.MIN, max)):
+        if bound is not None:
+            args, dtype = t.operands(out, bound)
+            out = t.record(op, dtype, tuple(a.index for a in args), CLAMP)
+    return out
 
 
 def _not(t: Tape, input: Any) -> Proxy:
