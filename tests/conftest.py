@@ -13,6 +13,11 @@ import torch
 from flexattn import compile
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true",
+                     help="write the golden texts of generated code anew")
+
+
 @pytest.fixture
 def seed() -> int:
     """A new seed each time; pytest shows it with a failing test's output."""

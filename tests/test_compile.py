@@ -87,7 +87,7 @@ def test_without_a_writable_place(tmp_path, monkeypatch):
 def test_key_holds_host_and_generators(monkeypatch):
     before = compile._digest("k")
     assert before != compile._digest("l")
-    monkeypatch.setattr(compile, "_generators", lambda: "another version")
+    monkeypatch.setattr(compile, "generators", lambda: "another version")
     assert compile._digest("k") != before
     monkeypatch.undo()
     other = compile.Host("x86_64-unknown-linux-gnu", "another", "")

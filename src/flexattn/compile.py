@@ -81,7 +81,7 @@ def library(key: str, build: Callable[[], str], exports: Sequence[str]) -> Libra
     if found is not None:
         return found
     name = _digest(key)
-    code = _read(name)
+    code = read(name, ".o")
     fresh = code is None
     if code is None:
         code = compile_object(build())
@@ -89,7 +89,7 @@ def library(key: str, build: Callable[[], str], exports: Sequence[str]) -> Libra
         if key not in _libraries:
             _libraries[key] = _link(code, exports)
     if fresh:
-        _write(name, code)
+        write(name, ".o", code)
     return _libraries[key]
 
 
@@ -156,12 +156,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _digest(key: str) -> str:
-    facts = (key, host(), llvm.llvm_version_info, _generators())
+    facts = (key, host(), llvm.llvm_version_info, generators())
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 @cache
-def _generators() -> str:
+def generators() -> str:
     """Digest of the code that writes the code: stands for the package's version, and changes
     while one edits a kernel, too."""
     digest = hashlib.sha256()
@@ -193,13 +193,13 @@ def cache_directory() -> Path | None:
     return place
 
 
-def _read(name: str) -> bytes | None:
-    """The object, if it is whole: a header with its checksum guards against torn files."""
+def read(name: str, suffix: str) -> bytes | None:
+    """A cached file, if it is whole: a header with its checksum guards against torn files."""
     place = cache_directory()
     if place is None:
         return None
     try:
-        data = (place / f"{name}.o").read_bytes()
+        data = (place / f"{name}{suffix}").read_bytes()
     except OSError:
         return None
     head = len(_MAGIC) + 32
@@ -208,7 +208,8 @@ def _read(name: str) -> bytes | None:
     return code if whole else None
 
 
-def _write(name: str, code: bytes) -> None:
+def write(name: str, suffix: str, code: bytes) -> None:
+    """Puts a file into the cache, if there is one."""
     place = cache_directory()
     if place is None:
         return
@@ -217,6 +218,6 @@ def _write(name: str, code: bytes) -> None:
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(_MAGIC + hashlib.sha256(code).digest() + code)
-            os.replace(path, place / f"{name}.o")
+            os.replace(path, place / f"{name}{suffix}")
         except OSError:
             os.unlink(path)

@@ -10,10 +10,6 @@ mask and bounds; partial ones, and the last tile of a length that is no multiple
 A row that attends to nothing gives 0 and lse -inf.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 
@@ -32,26 +28,6 @@ from flexattn.kernels.triton_tiles import (
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@dataclass(frozen=True)
-class ForwardFacts:
-    """What a compiled kernel is made for. fold: no score mod, and scale > 0."""
-
-    head_dim: int
-    value_dim: int
-    head_chunk: int
-    value_chunk: int
-    tile_q: int
-    tile_kv: int
-    sparse: bool = False
-    fold: bool = True
-    tma: bool = False
-    precision: str = "tf32"
-
-    @property
-    def value_chunks(self) -> int:
-        return -(-self.value_dim // self.value_chunk)
 
 
 @triton.jit

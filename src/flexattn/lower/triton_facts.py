@@ -35,7 +35,8 @@ class ReadFact:
 
 @dataclass(frozen=True)
 class CaptureFact:
-    """wide: element offsets need 64 bits. unit: dimensions whose stride is 1."""
+    """wide: element offsets, here or in a contiguous gradient, need 64 bits. unit: dimensions
+    whose stride is 1."""
 
     wide: bool
     unit: tuple[bool, ...]
@@ -75,7 +76,8 @@ def mod_facts(graph: Graph, captures: Sequence[Tensor], numbers: Sequence[bool |
 def _capture_fact(tensor: Tensor) -> CaptureFact:
     reach = sum((size - 1) * abs(stride)
                 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return CaptureFact(reach >= 1 << 31, tuple(stride == 1 for stride in tensor.stride()))
+    return CaptureFact(max(reach, tensor.numel()) >= 1 << 31,
+                       tuple(stride == 1 for stride in tensor.stride()))
 
 
 def _coarse(value: bool | int | float) -> Range | None:

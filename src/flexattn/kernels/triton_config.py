@@ -1,0 +1,73 @@
+"""Tile sizes of the Triton kernels: what to change when tuning for another GPU.
+
+In: the backend, its architecture, the shape of a head and how wide its numbers are. Out: configs
+in the order of preference; a launcher takes the first that fits the GPU's shared memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """A tile, and Triton's options for its kernel."""
+
+    tile_q: int
+    tile_kv: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class ForwardFacts:
+    """What a forward kernel is compiled for. fold: no score mod, and scale > 0."""
+
+    head_dim: int
+    value_dim: int
+    head_chunk: int
+    value_chunk: int
+    tile_q: int
+    tile_kv: int
+    sparse: bool = False
+    fold: bool = True
+    tma: bool = False
+    precision: str = "tf32"
+
+    @property
+    def value_chunks(self) -> int:
+        return -(-self.value_dim // self.value_chunk)
+
+
+def chunk_of(dim: int) -> int:
+    """Columns of the chunks that a head of `dim` columns is held in: powers of two, with as few
+    columns beyond the head as chunks of 16 would have, or up to an eighth more."""
+    padded = -(-dim // 16) * 16
+    sizes = [size for size in (512, 256, 128, 64, 32, 16)
+             if -(-dim // size) * size <= padded + padded // 8]
+    return sizes[0]
+
+
+# Widest of head_dim and value_dim (in 16-bit columns) -> configs. Hopper and Blackwell's datacentre
+# GPUs have 227 KiB of shared memory for a program, A100 163, consumer GPUs 99, CDNA3 64.
+_FORWARD: dict[int, tuple[TritonConfig, ...]] = {
+    64: (TritonConfig(128, 128, 4, 3), TritonConfig(128, 64, 4, 3), TritonConfig(128, 64, 4, 2)),
+    128: (TritonConfig(128, 64, 8, 3), TritonConfig(128, 64, 8, 2), TritonConfig(64, 64, 4, 2),
+          TritonConfig(64, 32, 4, 2)),
+    256: (TritonConfig(128, 64, 8, 2), TritonConfig(64, 64, 4, 2), TritonConfig(64, 32, 4, 2),
+          TritonConfig(32, 32, 4, 1)),
+    512: (TritonConfig(64, 32, 8, 2), TritonConfig(64, 32, 8, 1), TritonConfig(32, 32, 4, 1),
+          TritonConfig(16, 16, 4, 1)),
+    1 << 30: (TritonConfig(64, 32, 8, 1), TritonConfig(32, 32, 4, 1), TritonConfig(16, 32, 4, 1),
+              TritonConfig(16, 16, 4, 1)),
+}
+
+
+def forward_configs(backend: str, arch: int | str, head_dim: int, value_dim: int,
+                    bytes_each: int) -> tuple[TritonConfig, ...]:
+    """Configs of the forward kernel."""
+    width = max(head_dim, value_dim) * bytes_each // 2
+    found = next(configs for most, configs in _FORWARD.items() if width <= most)
+    if backend == "hip" or (isinstance(arch, int) and arch not in (80, 90, 100, 103)):
+        return tuple(c for c in found if c.stages < 3) or found
+    return found

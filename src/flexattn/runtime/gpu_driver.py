@@ -1,0 +1,130 @@
+"""Loading and launching machine code through the GPU's driver, by ctypes: no compiler of launch
+stubs, no Triton.
+
+In: a compile_triton.Binary, a device, a grid and the values of its parameters. Out: a launch on a
+stream. Rejects: code the driver refuses (RuntimeError with the driver's words).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from functools import cache
+from threading import Lock
+from typing import Any
+
+import torch
+
+from flexattn.compile_triton import Binary, Target
+
+_SHARED_WITHOUT_ASKING = 48 * 1024
+_MAX_DYNAMIC_SHARED, _LOCAL_BYTES, _REGISTERS = 8, 3, 4  # attributes of a function
+_PARAMETERS, _SIZE, _END = 1, 2, 0  # tags of the list of a launch's extra arguments
+
+
+class _Driver:
+    """The entry points that CUDA and HIP have in common, by CUDA's names."""
+
+    def __init__(self) -> None:
+        hip = torch.version.hip is not None
+        library = ctypes.CDLL("libamdhip64.so" if hip else "libcuda.so.1")
+        prefix = "hip" if hip else "cu"
+        self.load_module = self._entry(library, f"{prefix}ModuleLoadData", c_void_p, c_char_p)
+        self.get_function = self._entry(library, f"{prefix}ModuleGetFunction", c_void_p, c_void_p,
+                                        c_char_p)
+        self.set_attribute = self._entry(library, f"{prefix}FuncSetAttribute", c_void_p, c_int,
+                                         c_int)
+        self.get_attribute = self._entry(library, f"{prefix}FuncGetAttribute", c_void_p, c_int,
+                                         c_void_p)
+        self.launch = self._entry(library, "hipModuleLaunchKernel" if hip else "cuLaunchKernel",
+                                  c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p)
+        self._text = (library.hipDrvGetErrorString if hip else library.cuGetErrorString)
+
+    def _entry(self, library: Any, name: str, *types: Any) -> Any:
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, c_int
+        return function
+
+    def check(self, code: int, what: str) -> None:
+        if code:
+            text = c_char_p()
+            self._text(code, byref(text))
+            raise RuntimeError(f"{what}: {(text.value or b'?').decode()} (driver's code {code})")
+
+
+@cache
+def driver() -> _Driver:
+    return _Driver()
+
+
+@cache
+def target(device: int) -> Target:
+    """The architecture to compile for."""
+    facts = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Target("hip", facts.gcnArchName.split(":")[0], facts.warp_size)
+    return Target("cuda", facts.major * 10 + facts.minor, 32)
+
+
+@cache
+def shared_limit(device: int) -> int:
+    """Bytes of shared memory that one program may have."""
+    facts = torch.cuda.get_device_properties(device)
+    return getattr(facts, "shared_memory_per_block_optin", 64 * 1024)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class Function:
+    """A binary loaded on one device."""
+
+    def __init__(self, binary: Binary, device: int) -> None:
+        self.binary, self._driver = binary, driver()
+        module, self._handle = c_void_p(), c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().query()  # the device's context exists now
+            self._check(self._driver.load_module(byref(module), binary.code), "loading")
+            self._check(self._driver.get_function(byref(self._handle), module,
+                                                  binary.name.encode()), "finding")
+            if binary.shared > _SHARED_WITHOUT_ASKING and torch.version.hip is None:
+                self._check(self._driver.set_attribute(self._handle, _MAX_DYNAMIC_SHARED,
+                                                       binary.shared), "shared memory for")
+        self._struct = struct.Struct(binary.layout)
+        self.parameters = len(self._struct.unpack(bytes(self._struct.size)))
+        self._block = ctypes.create_string_buffer(self._struct.size + 64)
+        skip = -ctypes.addressof(self._block) % 64
+        self._skip, self._size = skip, c_size_t(self._struct.size)
+        self._extra = (c_void_p * 5)(_PARAMETERS, ctypes.addressof(self._block) + skip, _SIZE,
+                                     ctypes.addressof(self._size), _END)
+        self._lock = Lock()
+
+    def _check(self, code: int, what: str) -> None:
+        self._driver.check(code, f"{what} the kernel {self.binary.name}")
+
+    def launch(self, grid: tuple[int, int, int], values: Sequence[Any], stream: int) -> None:
+        """values: one for each parameter; pointers as integers."""
+        with self._lock:  # the driver copies the block before it returns
+            self._struct.pack_into(self._block, self._skip, *values)
+            code = self._driver.launch(self._handle, *grid, self.binary.threads, 1, 1,
+                                       self.binary.shared, stream, None, self._extra)
+        if code:
+            self._check(code, "launching")
+
+    def _attribute(self, number: int) -> int:
+        value = c_int()
+        self._check(self._driver.get_attribute(byref(value), number, self._handle), "asking about")
+        return value.value
+
+    @property
+    def registers(self) -> int:
+        return self._attribute(_REGISTERS)
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Local memory of each thread."""
+        return self._attribute(_LOCAL_BYTES)

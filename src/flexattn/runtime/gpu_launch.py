@@ -1,0 +1,96 @@
+"""What the launchers of GPU kernels share: a prepared call, a refusal, and a launch in which only
+the addresses of tensors change from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from flexattn.compile_triton import Binary, Source, binary
+from flexattn.runtime.call import Call, Result
+from flexattn.runtime.gpu_driver import Function, target
+from flexattn.runtime.gpu_mods import INTERPRETED
+
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32",
+         torch.int32: "i32", torch.int64: "i64"}
+Grid = tuple[int, int, int]
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """A kernel chosen and compiled for calls that agree in everything but values."""
+
+    def run(self, call: Call) -> Result: ...
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a kernel does not take a call."""
+
+    reason: str
+
+
+class Launch:
+    """One kernel's launch. values: those of its parameters, in order, with tensors where it takes
+    pointers; a call gives tensors in the same order."""
+
+    def __init__(self, function: Function | None, build: Callable[[], Source], grid: Grid,
+                 values: Sequence[Any]) -> None:
+        self._function, self._build, self._grid = function, build, grid
+        self._slots = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
+        self._values = [0 if isinstance(v, Tensor) else v for v in values]
+        if function is not None:
+            self._values += [0] * (function.parameters - len(values))  # what Triton adds
+
+    @property
+    def binary(self) -> Binary | None:
+        return self._function.binary if self._function else None
+
+    def __call__(self, tensors: Sequence[Tensor], stream: int) -> None:
+        values = self._values.copy()
+        if self._function is None:
+            for slot, tensor in zip(self._slots, tensors, strict=True):
+                values[slot] = tensor
+            _interpret(self._build(), self._grid, values)
+        else:
+            for slot, tensor in zip(self._slots, tensors, strict=True):
+                values[slot] = tensor.data_ptr()
+            self._function.launch(self._grid, values, stream)
+
+
+_functions: dict[tuple[int, int], Function] = {}
+
+
+def function(key: str, device: torch.device, build: Callable[[], Source]) -> Function | None:
+    """The kernel on a device; None where Triton's interpreter runs it."""
+    if INTERPRETED:
+        return None
+    code = binary(key, target(device.index), build)
+    found = _functions.get((id(code), device.index))
+    if found is None:
+        found = _functions[id(code), device.index] = Function(code, device.index)
+    return found
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The current stream of the tensor's device."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device()) if tensor.is_cuda else 0
+
+
+def _interpret(source: Source, grid: Grid, values: Sequence[Any]) -> None:
+    rest = iter(values)
+    arguments = [source.constants[name] if t == "constexpr" else _nested(t, rest)
+                 for name, t in source.signature.items()]
+    source.kernel[grid](*arguments)
+
+
+def _nested(types: Any, values: Iterator[Any]) -> Any:
+    if not isinstance(types, tuple):
+        return next(values)
+    items = [_nested(t, values) for t in types]
+    return type(types)(*items) if hasattr(types, "_fields") else tuple(items)

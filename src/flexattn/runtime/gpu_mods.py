@@ -1,0 +1,138 @@
+"""What kernels need of a call's mods: the text of their functions, the types and values of their
+arguments, and the word in which a kernel reports a captured tensor read out of range.
+
+In: a runtime.call.Call on a GPU (or on the CPU, for Triton's interpreter). Out: `ModCode`, the
+same object for all calls that share it, and the values that differ from call to call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexattn.analysis.gradient import Gradient, gradient
+from flexattn.errors import IndexOutOfRangeError, message
+from flexattn.ir.graph import Graph
+from flexattn.ir.ops import Op
+from flexattn.lower.triton import Facts, argument_fields, argument_types, lower
+from flexattn.lower.triton_facts import ModFacts, bound_of, mod_facts
+from flexattn.lower.triton_ops import Target
+from flexattn.runtime.call import Call
+from flexattn.trace import Mod
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class ModCode:
+    """text: the module of device functions. fields and types: of the kernel's argument `args`.
+    flag: one int32 that kernels write and the host reads without waiting. loads: the reads that
+    d_load0, ... belong to, where the text has a gradient."""
+
+    text: str
+    fields: tuple[str, ...]
+    types: tuple[str, ...]
+    flag: Tensor
+    graphs: tuple[Graph | None, Graph | None]
+    gradient: Gradient | None = None
+    _word: Any = field(default=None, compare=False, repr=False)
+
+    @property
+    def reported(self) -> int:
+        return self._word.value
+
+
+_codes: dict[tuple, ModCode] = {}
+
+
+def mod_code(call: Call, target: Target, with_gradient: bool = False) -> ModCode:
+    """The code of the call's mods; found again for every call of which the same is proven."""
+    q, k = call.query.shape, call.key.shape
+    score, mask = call.score, call.mask
+    lengths = {"b": q[0], "h": q[1], "q_idx": q[2], "kv_idx": k[2]}
+    fast = call.query.dtype in (torch.float16, torch.bfloat16)
+    taken = gradient(score.graph) if with_gradient and score is not None else None
+    graph = _with_reads(taken) if taken else None
+    of_gradient = Mod(graph, score.captures, score.numbers) if graph and score else None
+    facts = Facts(target, fast, bound_of(*lengths.values()), _facts(score, lengths),
+                  _facts(mask, lengths), _facts(of_gradient, lengths), report=not with_gradient)
+    graphs = (score.graph if score else None, mask.graph if mask else None)
+    key = (*graphs, facts, with_gradient)
+    found = _codes.get(key)
+    if found is None:
+        flag = torch.zeros(1, dtype=torch.int32, pin_memory=call.query.is_cuda)
+        found = _codes[key] = ModCode(
+            lower(*graphs, facts, graph), argument_fields(*graphs), argument_types(*graphs, facts),
+            flag, graphs, taken, ctypes.c_int32.from_address(flag.data_ptr()))
+    return found
+
+
+def _facts(mod: Mod | None, lengths: dict[str, int]) -> ModFacts:
+    return ModFacts() if mod is None else mod_facts(
+        mod.graph, mod.captures, mod.numbers, lengths)
+
+
+def _with_reads(taken: Gradient) -> Graph:
+    reads = [(f"load{i}", n) for i, n in enumerate(taken.loads)]
+    return taken.graph.replace_outputs(*taken.graph.outputs, *reads)
+
+
+def argument_values(code: ModCode, score: Mod | None, mask: Mod | None) -> list[Any]:
+    """The values of `args`, captured tensors as tensors."""
+    values: list[Any] = [code.flag]
+    for mod in (score, mask):
+        if mod is not None:
+            for tensor in mod.captures:
+                values += [tensor, *tensor.shape, *tensor.stride()]
+            values += mod.numbers
+    return values
+
+
+def on_device(mod: Mod | None, device: torch.device) -> Mod | None:
+    """The mod with 0-dimensional CPU tensors, which torch lets mods capture, on the device."""
+    if mod is None or all(t.device == device for t in mod.captures):
+        return mod
+    return Mod(mod.graph, tuple(t.to(device) for t in mod.captures), mod.numbers)
+
+
+# Reads out of range
+
+_watched: list[tuple[ModCode, Sequence[tuple[int, ...]]]] = []
+
+
+def watch(code: ModCode, score: Mod | None, mask: Mod | None) -> None:
+    """From now on, `check` looks at this code's flag."""
+    shapes = [tuple(t.shape) for mod in (score, mask) if mod for t in mod.captures]
+    if shapes and not any(known is code for known, _ in _watched):
+        _watched.append((code, shapes))
+
+
+def check() -> None:
+    """Raises what kernels that have finished reported; waits for nothing."""
+    for code, _ in _watched:
+        if code.reported:
+            _raise(code)
+
+
+def _raise(code: ModCode) -> None:
+    number = code.reported
+    code.flag.zero_()
+    role = 0 if number > 0 else 1
+    graph = code.graphs[role]
+    assert graph is not None
+    loads = [n for n in graph.nodes if n.op is Op.LOAD]
+    slot = loads[min(abs(number), len(loads)) - 1].attr
+    first = len(code.graphs[0].captures) if role and code.graphs[0] else 0
+    shape = next(shapes for known, shapes in _watched if known is code)[first + slot]
+    raise IndexOutOfRangeError(message(
+        f"a {('score', 'mask')[role]}_mod reads captured tensor {slot} (shape {shape}) out of "
+        "range at an attended position", expected="indices inside of the tensor",
+        got="an index beyond it, in this call or an earlier one (GPUs report late)",
+        remedy="mask such positions out, or clamp the index in the mod; FLEXATTN_CHECK=1 makes "
+               "the call that does it raise"))

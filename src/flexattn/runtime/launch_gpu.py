@@ -1,0 +1,130 @@
+"""A validated call on a GPU: which kernel serves it, and its launch.
+
+In: a runtime.call.Call. Out: its Result. The kernels are asked in the order of `FORWARD`; each
+prepares the call or gives a `Refusal` that says why not, which `why` shows. What was chosen for a
+call is found again by everything it depends on, so that a call in the steady state only looks it
+up, allocates, and launches.
+
+With FLEXATTN_CHECK=1 every call waits for its kernel and raises what it reported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexattn.errors import DeviceError, DtypeError, message
+from flexattn.runtime import gpu_mods, launch_triton
+from flexattn.runtime.call import Call, Gradients, Result
+from flexattn.runtime.gpu_launch import Prepared, Refusal
+from flexattn.trace import Mod
+
+FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
+    "triton": launch_triton.prepare,
+}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CHECK = os.environ.get("FLEXATTN_CHECK") == "1"
+_MOST_PREPARED = 4096
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that serves a call, and why those before it do not."""
+
+    kernel: str
+    prepared: Prepared
+    refusals: tuple[tuple[str, str], ...]
+    keep: Any  # the mods whose graphs' identity the call was found by
+
+
+_choices: dict[tuple, Choice] = {}
+
+
+def forward(call: Call) -> Result:
+    """out, and lse and max_scores where wanted."""
+    gpu_mods.check()
+    q = call.query
+    if not (q.numel() and call.value.numel()):
+        return _nothing_attended(call)
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return _run(call)
+    return _run(call)
+
+
+def _run(call: Call) -> Result:
+    result = choice(call).prepared.run(call)
+    if _CHECK:
+        torch.cuda.synchronize()
+        gpu_mods.check()
+    return result
+
+
+def backward(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
+    """Gradients of the call's tensors."""
+    raise DeviceError(message("No backward kernel for this device yet.", expected="cpu",
+                              got=str(call.query.device), remedy="move the tensors to the CPU"))
+
+
+def choice(call: Call) -> Choice:
+    """The kernel of a call, prepared."""
+    key = _key(call)
+    found = _choices.get(key)
+    if found is None:
+        if len(_choices) >= _MOST_PREPARED:
+            _choices.clear()
+        found = _choices[key] = _chosen(call)
+    return found
+
+
+def _chosen(call: Call) -> Choice:
+    if call.query.dtype not in _DTYPES:
+        raise DtypeError(message("GPU kernels have no such dtype.",
+                                 expected="float16, bfloat16 or float32",
+                                 got=str(call.query.dtype),
+                                 remedy="convert the tensors, or run them on the CPU"))
+    refusals: list[tuple[str, str]] = []
+    for name, prepare in FORWARD.items():
+        prepared = prepare(call)
+        if isinstance(prepared, Prepared):
+            return Choice(name, prepared, tuple(refusals), (call.score, call.mask))
+        refusals.append((name, prepared.reason))
+    raise DeviceError(message("No GPU kernel takes this call.", expected="a kernel that fits",
+                              got="; ".join(f"{name}: {why}" for name, why in refusals)))
+
+
+def _key(call: Call) -> tuple:
+    """Everything that a prepared launch depends on."""
+    q, k, v = call.query, call.key, call.value
+    return (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype,
+            q.get_device(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, call.scale,
+            call.want_lse, call.want_max_scores, _mod_key(call.score), _mod_key(call.mask),
+            _mask_key(call), q.dtype is torch.float32
+            and torch.get_float32_matmul_precision())
+
+
+def _mod_key(mod: Mod | None) -> tuple | None:
+    if mod is None:
+        return None
+    return id(mod.graph), mod.numbers, tuple((t.shape, t.stride()) for t in mod.captures)
+
+
+def _mask_key(call: Call) -> tuple | None:
+    mask = call.block_mask
+    return None if mask is None else (mask.shape[:2], mask.BLOCK_SIZE)
+
+
+def _nothing_attended(call: Call) -> Result:
+    """Without keys (or queries, or columns) every row is a fully masked one."""
+    q = call.query
+
+    def rows(wanted: bool) -> Tensor | None:
+        return q.new_full(q.shape[:3], float("-inf"), dtype=torch.float32) if wanted else None
+
+    return Result(q.new_zeros(*q.shape[:3], call.value.shape[-1]), rows(call.want_lse),
+                  rows(call.want_max_scores))

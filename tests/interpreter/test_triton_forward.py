@@ -1,0 +1,115 @@
+"""The Triton forward kernel, run by Triton's interpreter, against the dense oracle in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from flexattn import create_block_mask
+from flexattn.attention import AuxRequest, _call
+from flexattn.errors import IndexOutOfRangeError
+from flexattn.reference import attention
+from flexattn.runtime import launch_gpu
+
+
+def tensors(batch, kv_heads, group, q_len, kv_len, dims, dtype=torch.float32, kv_batch=None):
+    """Fresh q, k and v."""
+    kv_batch = kv_batch or batch
+    return (torch.randn(batch, kv_heads * group, q_len, dims[0], dtype=dtype),
+            torch.randn(kv_batch, kv_heads, kv_len, dims[0], dtype=dtype),
+            torch.randn(kv_batch, kv_heads, kv_len, dims[1], dtype=dtype))
+
+
+def check(q, k, v, score_mod=None, mask_mod=None, block=16, tolerance=2e-5, scale=None):
+    """out, lse and max_scores of the kernel equal those of the oracle."""
+    lengths = q.shape[2], k.shape[2]
+    mask = mask_mod and create_block_mask(mask_mod, q.shape[0], q.shape[1], *lengths,
+                                          BLOCK_SIZE=block)
+    call = _call(q, k, v, score_mod, mask, scale, AuxRequest(True, True), {})
+    found = launch_gpu.forward(call)
+    wanted = attention(q, k, v, score_mod, mask_mod, scale, torch.float64)
+    for x, y in zip((found.out, found.lse, found.max_scores), wanted, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance)
+
+
+def softcap(score, b, h, q_idx, kv_idx):
+    return 5 * torch.tanh(score / 5)
+
+
+def causal(b, h, q_idx, kv_idx):
+    return q_idx >= kv_idx
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (24, 40), (96, 32), (8, 80)], ids=str)
+def test_odd_lengths_and_dims(rng, dims):
+    q_len, kv_len = map(int, rng.integers(1, 50, 2))
+    check(*tensors(2, 2, 1, q_len, kv_len, dims))
+    check(*tensors(2, 1, 3, q_len, kv_len, dims, kv_batch=1), softcap)
+
+
+def test_16_bit_numbers(rng):
+    """float16 only: the interpreter has no products of bfloat16."""
+    kv_len = int(rng.integers(20, 50))
+    check(*tensors(1, 2, 2, 20, kv_len, (32, 32), torch.float16), softcap, causal, tolerance=1e-2)
+
+
+def test_masks_with_empty_full_and_partial_blocks(rng):
+    length = int(rng.integers(60, 90))
+    document = torch.sort(torch.randint(0, 4, (2, length))).values
+    check(*tensors(2, 1, 2, length, length, (16, 16)), None,
+          lambda b, h, q_idx, kv_idx: (document[b, q_idx] == document[b, kv_idx])
+          & (q_idx - h >= kv_idx))
+    check(*tensors(1, 1, 1, length, 40, (16, 16)), softcap,
+          lambda b, h, q_idx, kv_idx: (q_idx < 20) | (kv_idx > 3), block=32)
+
+
+def test_rows_that_attend_to_nothing_give_zero_and_minus_infinity():
+    q, k, v = tensors(1, 1, 1, 40, 40, (16, 16))
+    mask = create_block_mask(lambda b, h, q_idx, kv_idx: (q_idx % 3 > 0) & (q_idx < 30), None,
+                             None, 40, 40, BLOCK_SIZE=16)
+    found = launch_gpu.forward(_call(q, k, v, None, mask, None, AuxRequest(True, True), {}))
+    rows = torch.arange(40)
+    empty = (rows % 3 == 0) | (rows >= 30)
+    assert (found.out[0, 0, empty] == 0).all() and (found.lse[0, 0, empty] == -math.inf).all()
+    assert found.out.isfinite().all() and found.lse[0, 0, ~empty].isfinite().all()
+
+
+def test_captured_tensors_of_every_shape_and_stride():
+    bias = torch.randn(3, 80).t()[:, 1:]
+    check(*tensors(1, 2, 1, 30, 34, (16, 16)), lambda score, b, h, q_idx, kv_idx:
+          score + bias[q_idx - kv_idx + 34, h] * bias[kv_idx, 0] + bias[-1, -2])
+    scale = torch.tensor(0.3, dtype=torch.bfloat16)
+    check(*tensors(1, 2, 1, 17, 20, (16, 16)),
+          lambda score, b, h, q_idx, kv_idx: torch.where(kv_idx % 3 == 0, score * scale, -score))
+
+
+def test_negative_and_zero_scales_and_strides():
+    q, k, v = tensors(1, 2, 1, 33, 20, (16, 16))
+    check(q, k, v, scale=-0.7)
+    check(q, k, v, scale=0.0)
+    q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    check(q, k.mT.contiguous().mT, v, softcap, causal)
+
+
+def test_a_read_out_of_range_is_reported_at_the_next_call(rng):
+    table = torch.randn(20)
+    q, k, v = tensors(1, 1, 1, 30, 20, (16, 16))
+    call = _call(q, k, v, lambda score, b, h, q_idx, kv_idx: score + table[q_idx], None, None,
+                 AuxRequest(), {})
+    launch_gpu.forward(call)
+    with pytest.raises(IndexOutOfRangeError, match=r"captured tensor 0 \(shape \(20,\)\)"):
+        launch_gpu.forward(call)
+    fine = create_block_mask(lambda b, h, q_idx, kv_idx: q_idx < 20, None, None, 30, 20,
+                             BLOCK_SIZE=16)
+    for _ in range(2):  # where nothing is attended, nothing is reported
+        launch_gpu.forward(_call(q, k, v, lambda score, b, h, q_idx, kv_idx: score + table[q_idx],
+                                 fine, None, AuxRequest(), {}))
+
+
+def test_no_keys():
+    q, k, v = tensors(1, 2, 1, 5, 0, (16, 8))
+    found = launch_gpu.forward(_call(q, k, v, None, None, None, AuxRequest(True, True), {}))
+    assert (found.out == 0).all() and found.out.shape == (1, 2, 5, 8)
+    assert (found.lse == -math.inf).all() and (found.max_scores == -math.inf).all()

@@ -1,0 +1,69 @@
+"""The Triton kernels compiled without a GPU for Ampere, Hopper, Blackwell and CDNA3."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from flexattn.compile_triton import Target, compiled
+from flexattn.kernels.triton_config import ForwardFacts, chunk_of, forward_configs
+from flexattn.runtime.call import Call
+from flexattn.runtime.gpu_mods import mod_code
+from flexattn.runtime.launch_triton import ForwardPlan
+from flexattn.trace import specialize, trace_mask_mod, trace_score_mod
+
+TARGETS = {"sm_80": Target("cuda", 80, 32), "sm_90": Target("cuda", 90, 32),
+           "sm_100": Target("cuda", 100, 32), "gfx942": Target("hip", "gfx942", 64)}
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SLOPES, TABLE, DOCUMENT = torch.ones(4), torch.ones(4, 2048), torch.zeros(1024)
+
+
+def capped_alibi(score, b, h, q_idx, kv_idx):
+    return 20 * torch.tanh((score + SLOPES[h] * (kv_idx - q_idx)) / 20)
+
+
+def relative_bias(score, b, h, q_idx, kv_idx):
+    return score + TABLE[h, q_idx - kv_idx + 1024]
+
+
+def documents(b, h, q_idx, kv_idx):
+    return (DOCUMENT[q_idx] == DOCUMENT[kv_idx]) & (q_idx >= kv_idx)
+
+
+FORWARD = {  # score mod, mask mod, head_dim, value_dim, dtype
+    "plain 128": (None, None, 128, 128, torch.bfloat16),
+    "mods 64": (capped_alibi, documents, 64, 64, torch.float16),
+    "table 192/128 float32": (relative_bias, None, 192, 128, torch.float32),
+}
+
+
+def forward(target, case):
+    """The binary of the first config that fits, and its config."""
+    score_mod, mask_mod, head_dim, value_dim, dtype = FORWARD[case]
+    q = torch.empty(2, 4, 1024, 64, dtype=dtype)
+    call = Call(q, q, q, 1.0, score_mod and specialize(trace_score_mod(score_mod)),
+                mask_mod and specialize(trace_mask_mod(mask_mod)))
+    where = TARGETS[target]
+    code = mod_code(call, where.backend)
+    for config in forward_configs(where.backend, where.arch, head_dim, value_dim, dtype.itemsize):
+        facts = ForwardFacts(head_dim, value_dim, chunk_of(head_dim), chunk_of(value_dim),
+                             config.tile_q, config.tile_kv, mask_mod is not None,
+                             fold=score_mod is None)
+        plan = ForwardPlan(facts, code, config, dtype, True, True, False)
+        binary = compiled(plan.source(), where)
+        if binary.shared <= SHARED[target]:
+            return binary, config
+    raise AssertionError("no config fits")
+
+
+@pytest.mark.parametrize("case", FORWARD)
+@pytest.mark.parametrize("target", TARGETS)
+def test_forward(target, case):
+    binary, config = forward(target, case)
+    assert len(binary.code) > 1000 and binary.threads == config.warps * TARGETS[target].warp_size
+    if target == "sm_90":
+        text = binary.stages["ptx"]
+        assert "wgmma.mma_async" in text and "cp.async" in text
+        assert not re.search(r"ld\.global\.b16|ld\.global\.u16", text), "keys are read one by one"
