@@ -159,6 +159,7 @@ def block_kinds(documents: Tensor) -> list[list[int]]:
     grid = torch.zeros(-(-length // PICTURE_BLOCK), -(-length // PICTURE_BLOCK), dtype=torch.int)
     for kind, counts, indices in ((1, mask.kv_num_blocks, mask.kv_indices),
                                   (2, mask.full_kv_num_blocks, mask.full_kv_indices)):
+        assert counts is not None and indices is not None
         for row, (count, columns) in enumerate(zip(counts[0, 0], indices[0, 0], strict=True)):
             grid[row, columns[:count].long()] = kind
     return grid.tolist()

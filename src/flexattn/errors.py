@@ -61,6 +61,10 @@ class ArgumentError(FlexAttnError, ValueError):
     """An argument has a value that is not allowed."""
 
 
+class MaskMismatchError(FlexAttnError, ValueError):
+    """A block mask's blocks contradict its mask_mod."""
+
+
 class IndexOutOfRangeError(FlexAttnError, IndexError):
     """A mod reads a captured tensor outside of its bounds at an attended position."""
 

@@ -202,18 +202,6 @@ def pieces_of(table: RunTable) -> Pieces:
     return Pieces(table.row_of_runs(), table.start.long(), table.end.long(), table.full)
 
 
-def combined(first: RunTable, second: RunTable, columns: int,
-             kind: Callable[[Tensor, Tensor], Tensor]) -> RunTable:
-    """kind(first's, second's) of every block of two tables of the same shape; EMPTY where both are
-    EMPTY."""
-    both = segments([pieces_of(first), pieces_of(second)], columns)
-    found = kind(*both.kinds)
-    some = found != EMPTY
-    pieces = Pieces(both.row[some], both.start[some], both.end[some], found[some] == FULL)
-    return run_table(pieces, columns, first.batch, first.heads, first.num_rows, first.row_block,
-                     first.col_block)
-
-
 def all_partial(table: RunTable, columns: int) -> RunTable:
     """The same blocks, none of them full."""
     pieces = pieces_of(table)
@@ -230,3 +218,23 @@ def take_rows(table: RunTable, rows: Tensor, batch: int, heads: int, num_rows: i
     return RunTable(torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int(), table.start[at],
                     table.end[at], table.full[at], batch, heads, num_rows, table.row_block,
                     table.col_block)
+
+
+def broadcast_rows(table: RunTable, batch: int, heads: int) -> RunTable:
+    """The table with rows for every batch entry and head."""
+    if (table.batch, table.heads) == (batch, heads):
+        return table
+    images = torch.arange(table.batch * table.heads, device=table.offsets.device)
+    images = images.view(table.batch, table.heads, 1).expand(batch, heads, 1)
+    rows = images * table.num_rows + torch.arange(table.num_rows, device=images.device)
+    return take_rows(table, rows.reshape(-1), batch, heads, table.num_rows)
+
+
+def cropped(table: RunTable, num_rows: int, columns: int) -> RunTable:
+    """The first rows and columns."""
+    images = torch.arange(table.batch * table.heads, device=table.offsets.device)[:, None]
+    rows = images * table.num_rows + torch.arange(num_rows, device=images.device)
+    pieces = pieces_of(take_rows(table, rows.reshape(-1), table.batch, table.heads, num_rows))
+    cut = replace(pieces, end=pieces.end.clamp(max=columns)).select(pieces.start < columns)
+    return run_table(cut, columns, table.batch, table.heads, num_rows, table.row_block,
+                     table.col_block)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexattn import masks
-from flexattn.block_mask import BlockMask, create_block_mask, create_mask
+from flexattn.block_mask import create_block_mask, create_mask
 from flexattn.errors import ArgumentError, DtypeError
 
 documents = torch.randint(0, 4, (2, 300)).sort(-1).values
@@ -50,43 +50,24 @@ def test_dense_mask_is_the_users_function():
     assert torch.equal(create_mask(MASKS["window"], 1, 1, 50, 70)[0, 0], (q >= k) & (q - k <= 40))
 
 
-def test_columns_are_the_transposed_rows():
-    mask = create_block_mask(MASKS["window"], None, None, 300, 300, BLOCK_SIZE=32)
-    flipped = create_block_mask(lambda b, h, q, k: MASKS["window"](b, h, k, q), None, None, 300,
-                                300, BLOCK_SIZE=32)
-    for name in ("offsets", "start", "end", "full"):
-        assert torch.equal(getattr(mask.columns(), name), getattr(flipped.rows(), name))
+def test_full_blocks_are_partial_where_not_wanted_apart():
+    mask = create_block_mask(masks.causal, 1, 2, 300, 300, separate_full_blocks=False)
+    assert mask.full_kv_num_blocks is None and mask.full_q_indices is None
+    assert mask.kv_num_blocks[0, 1].tolist() == [1, 2, 3]
+    assert not mask.rows().full.any()
 
 
-def test_regrid_is_a_new_mask_of_that_grid():
-    mask = create_block_mask(MASKS["documents"], 2, 1, 300, 300)
-    fine, made = mask.regrid(64, 32), create_block_mask(MASKS["documents"], 2, 1, 300, 300,
-                                                       BLOCK_SIZE=(64, 32))
-    assert fine is mask.regrid(64, 32)
-    for name in ("offsets", "start", "end", "full"):
-        assert torch.equal(getattr(fine.rows(), name), getattr(made.rows(), name))
-    with pytest.raises(ArgumentError, match="does not fit"):
-        mask.regrid(48, 48)
+def test_unread_dimensions_are_broadcast():
+    mask = create_block_mask(MASKS["heads"], 5, 3, 200, 200)
+    assert (mask.rows().batch, mask.rows().heads) == (1, 3)
+    assert mask.shape == (5, 3, 200, 200) and mask.kv_num_blocks.shape == (5, 3, 2)
 
 
-def test_slices_keep_their_mask_mod():
-    mask = create_block_mask(MASKS["documents"], 2, 3, 300, 300, BLOCK_SIZE=64)
-    part = mask[1, :, 2:4]
-    assert part.shape == (1, 3, 128, 300)
-    got = create_mask(part.mask_mod, 1, 3, 128, 300)
-    assert torch.equal(got, create_mask(MASKS["documents"], 2, 3, 300, 300)[1:, :, 128:256])
-    assert torch.equal(part.to_dense(), mask.to_dense()[1:, :, 2:4])
-
-
-def test_torch_block_masks_are_taken():
-    from torch.nn.attention.flex_attention import create_block_mask as torch_create
-
-    theirs = torch_create(MASKS["causal"], None, None, 384, 384, device="cpu")
-    ours = BlockMask.from_torch(theirs)
-    assert ours is BlockMask.from_torch(theirs)
-    made = create_block_mask(MASKS["causal"], None, None, 384, 384)
-    for name in ("offsets", "start", "end", "full"):
-        assert torch.equal(getattr(ours.rows(), name), getattr(made.rows(), name))
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
+def test_nothing_to_attend(sizes):
+    mask = create_block_mask(masks.causal, None, None, *sizes)
+    assert len(mask.rows().start) == 0 and mask.shape[2:] == sizes
+    assert len(mask.columns().offsets) == -(-sizes[1] // 128) + 1
 
 
 def test_errors():

@@ -1,0 +1,62 @@
+"""What callers pass: sizes, block sizes and indices, checked.
+
+In: arguments as given. Out: ints, pairs and positions. Rejects, with ArgumentError: sizes that are
+negative, block sizes that are none, indices that leave the mask or tear a ragged block out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexattn.errors import ArgumentError, message
+
+MaskMod = Callable[[Any, Any, Any, Any], Any]
+BlockSize = int | tuple[int, int]
+
+
+def checked_block_size(size: BlockSize) -> tuple[int, int]:
+    """(q, kv) in tokens."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or any(not isinstance(n, int) or n <= 0 for n in pair):
+        raise ArgumentError(message("BLOCK_SIZE is not a block size.", got=repr(size),
+                                    expected="a positive int, or a pair (q, kv) of them",
+                                    remedy="BLOCK_SIZE=128"))
+    return pair
+
+
+def check_size(function: str, name: str, size: int) -> None:
+    if not isinstance(size, int) or size < 0:
+        raise ArgumentError(message(f"{function}: {name} is not a size.",
+                                    expected="a non-negative int", got=repr(size)))
+
+
+def device_of(device: torch.device | str | None) -> torch.device:
+    return torch.device(device) if device is not None else torch.get_default_device()
+
+
+def positions(index: Any, sizes: tuple[int, int, int]) -> list[Tensor]:
+    """Positions int64 of batch entries, heads and rows that mask[index] takes, on the CPU. An int
+    keeps its dimension; an index beyond three is an error."""
+    keys = index if isinstance(index, tuple) else (index,)
+    if Ellipsis in [k for k in keys if not isinstance(k, Tensor)]:
+        at = keys.index(Ellipsis)
+        keys = keys[:at] + (slice(None),) * (4 - len(keys)) + keys[at + 1:]
+    if len(keys) > 3:
+        raise ArgumentError(message("too many indices for a block mask", got=str(len(keys)),
+                                    expected="at most 3: batch, head, row of query blocks"))
+    keys += (slice(None),) * (3 - len(keys))
+    return [_taken(key, size) for key, size in zip(keys, sizes, strict=True)]
+
+
+def _taken(key: Any, size: int) -> Tensor:
+    if isinstance(key, int):
+        if not -size <= key < size:
+            raise ArgumentError(message("an index leaves the block mask", got=str(key),
+                                        expected=f"{-size} to {size - 1}"))
+        key = slice(key, key + 1 or None)
+    found = torch.arange(size)[key.cpu() if isinstance(key, Tensor) else key]
+    return found.reshape(-1)

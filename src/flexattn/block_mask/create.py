@@ -1,0 +1,67 @@
+"""create_block_mask and create_mask: from a mask mod `(b, h, q_idx, kv_idx) -> bool` and sizes.
+
+Rejects sizes and block sizes that make no sense (ArgumentError), and what the tracer rejects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexattn.analysis.block_sparsity import element_mask, mask_sparsity
+from flexattn.analysis.runs import all_partial
+from flexattn.block_mask.arguments import (
+    BlockSize,
+    MaskMod,
+    check_size,
+    checked_block_size,
+    device_of,
+)
+from flexattn.block_mask.mask import BlockMask
+from flexattn.trace import specialize, trace_mask_mod
+
+
+def create_block_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int,
+                      device: torch.device | str | None = None, BLOCK_SIZE: BlockSize = 128,
+                      _compile: bool = False, separate_full_blocks: bool = True,
+                      **torch_options: Any) -> BlockMask:
+    """The block mask of `mask_mod`, proved from its expression: elements are only looked at where
+    the proof fails.
+
+    Args:
+        mask_mod: `(b, h, q_idx, kv_idx) -> bool`, True where attended.
+        B, H: batch size and number of query heads; None or 1 for any.
+        Q_LEN, KV_LEN: lengths in tokens.
+        device: where the mask's tables live (default: torch's default device).
+        BLOCK_SIZE: tokens per block, one int or (q, kv).
+        separate_full_blocks: False marks full blocks as partial.
+        _compile and further options of PyTorch's function are accepted and change nothing.
+
+    Raises: ArgumentError for sizes that are negative; the tracer's errors for a wrong mask_mod.
+
+    Examples:
+        >>> create_block_mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, None, None, 512, 512)
+        BlockMask(shape=(1, 1, 512, 512), BLOCK_SIZE=(128, 128), sparsity=37.50%)
+    """
+    batch, heads = 1 if B is None else B, 1 if H is None else H
+    for name, size in {"B": batch, "H": heads, "Q_LEN": Q_LEN, "KV_LEN": KV_LEN}.items():
+        check_size("create_block_mask", name, size)
+    blocks, where = checked_block_size(BLOCK_SIZE), device_of(device)
+    mod = specialize(trace_mask_mod(mask_mod, where))
+    table = mask_sparsity(mod, batch, heads, Q_LEN, KV_LEN, *blocks, where).table
+    if not separate_full_blocks:
+        table = all_partial(table, -(-KV_LEN // blocks[1]))
+    return BlockMask(table, (Q_LEN, KV_LEN), (batch, heads), mask_mod, proved=True,
+                     separate_full_blocks=separate_full_blocks)
+
+
+def create_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int,
+                device: torch.device | str | None = None) -> Tensor:
+    """The dense mask, bool [B, H, Q_LEN, KV_LEN]: for small sizes, tests and pictures."""
+    where = device_of(device)
+    mod = specialize(trace_mask_mod(mask_mod, where))
+    rows = [torch.stack([element_mask(mod, b, h, (0, Q_LEN), KV_LEN, where)
+                         for h in range(H or 1)]) for b in range(B or 1)]
+    return torch.stack(rows)
