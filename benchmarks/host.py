@@ -61,7 +61,8 @@ for step in range(100):
 def fresh_process(script: str, cache: Path) -> str:
     """What the script prints, run in a new interpreter whose disk caches live in `cache`."""
     env = os.environ | {"FLEXATTN_CACHE_DIR": str(cache / "flexattn"),
-                        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor")}
+                        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+                        "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives freed tensors back
     done = subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, text=True,
                           capture_output=True)
     if done.returncode:

@@ -69,6 +69,10 @@ class IndexOutOfRangeError(FlexAttnError, IndexError):
     """A mod reads a captured tensor outside of its bounds at an attended position."""
 
 
+class DerivativeError(FlexAttnError, RuntimeError):
+    """A derivative that flexattn does not have is asked for."""
+
+
 def user_location() -> Location | None:
     """The innermost frame that is neither flexattn's nor torch's: the line in the user's mod."""
     frame = sys._getframe(1)

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.measure import Times, interleaved
+from benchmarks import measure
+from benchmarks.measure import Times, interleaved, waited
 
 
-def test_rounds_take_turns() -> None:
+def test_rounds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "waited", lambda: 0.0)
     calls: list[str] = []
     times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")},
                         rounds=3, min_seconds=0.0)
     assert calls[4:] == ["a", "b"] * 3
     assert all(len(t.rounds) == 3 for t in times.values())
+
+
+def test_disturbed_rounds_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = iter([0.0, 9.0, 9.0, 9.0, 9.0, 9.0, 9.0, 99.0, 99.0, 99.0])  # before and after a round
+    monkeypatch.setattr(measure, "waited", lambda: next(waits))
+    calls: list[int] = []
+    times = interleaved({"a": lambda: calls.append(1)}, rounds=3, min_seconds=0.0)
+    assert len(calls) == 2 + 5 and len(times["a"].rounds) == 3
+
+
+def test_a_machine_that_is_never_calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(float(i) for i in range(1000))
+    monkeypatch.setattr(measure, "waited", lambda: next(clock))
+    calls: list[int] = []
+    times = interleaved({"a": lambda: calls.append(1)}, rounds=3, min_seconds=0.0)
+    assert len(calls) == 2 + 12 and len(times["a"].rounds) == 3
+
+
+def test_waiting_only_grows() -> None:
+    before = waited()
+    assert 0 <= before <= waited()
 
 
 def test_ratio_is_the_median_of_the_rounds_ratios() -> None:

@@ -17,8 +17,8 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11,
              torch.float64: 1e-14}
 
 
-def attend(q, k, v, score_mod=None, mask_mod=None, scale=None, block=128, block_mask=None):
-    """The kernels' Result, with everything asked for."""
+def call_of(q, k, v, score_mod=None, mask_mod=None, scale=None, block=128, block_mask=None):
+    """A call with everything asked for."""
     real = torch.float64 if q.dtype is torch.float64 else torch.float32
     score = None if score_mod is None else specialize(trace_score_mod(score_mod, real))
     mask = None if mask_mod is None else specialize(trace_mask_mod(mask_mod))
@@ -26,7 +26,12 @@ def attend(q, k, v, score_mod=None, mask_mod=None, scale=None, block=128, block_
         block_mask = create_block_mask(mask_mod, q.shape[0], q.shape[1], q.shape[2], k.shape[2],
                                        device="cpu", BLOCK_SIZE=block)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return forward(Call(q, k, v, scale, score, mask, block_mask, True, True))
+    return Call(q, k, v, scale, score, mask, block_mask, True, True)
+
+
+def attend(*args, **kwargs):
+    """The kernels' Result."""
+    return forward(call_of(*args, **kwargs))
 
 
 def check(q, k, v, score_mod=None, mask_mod=None, scale=None, block=128, slack=1.0):

@@ -1,19 +1,20 @@
 """One attention call in torch's autograd.
 
-In: a validated Call. Out: its Result, differentiable in query, key, value, the tensors captured by
-the score mod, and through out and lse. Rejects devices without a kernel.
+In: a validated Call. Out: its Result, differentiable once in query, key, value, the tensors
+captured by the score mod, and through out and lse. Rejects devices without a kernel, and second
+derivatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flexattn.errors import DeviceError, message
+from flexattn.errors import DerivativeError, DeviceError, message
 from flexattn.runtime import launch_cpu, launch_cpu_backward, launch_gpu
 from flexattn.runtime.call import Call, Gradients, Result
 
@@ -23,6 +24,7 @@ _KERNELS: dict[str, tuple[Forward, Backward]] = {
     "cpu": (launch_cpu.forward, launch_cpu_backward.backward),
     "cuda": (launch_gpu.forward, launch_gpu.backward),
 }
+_NOTHING = torch.empty(0)
 
 
 def attend(call: Call) -> Result:
@@ -39,22 +41,39 @@ def attend(call: Call) -> Result:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        with_lse = Call(**{**vars(call), "want_lse": True})
-        result = _KERNELS[call.query.device.type][0](with_lse)
-        ctx.call = call
-        ctx.save_for_backward(result.out, result.lse)
+        result = _KERNELS[call.query.device.type][0](replace(call, want_lse=True))
+        # Tensors are saved torch's way, which notices changes in place and lets hooks move them.
+        ctx.call = call.with_tensors([_NOTHING] * len(call.tensors))
+        ctx.save_for_backward(result.out, result.lse, *call.tensors)
         if result.max_scores is not None:
             ctx.mark_non_differentiable(result.max_scores)
         return result.out, result.lse if call.want_lse else None, result.max_scores
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None,
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor | None,
                  _: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, lse = ctx.saved_tensors
-        d_out = torch.zeros_like(out) if d_out is None else d_out
-        if not ctx.call.want_lse:
-            d_lse = None
-        backward = _KERNELS[out.device.type][1]
-        grads = backward(ctx.call, Result(out, lse), d_out, d_lse)
-        return None, grads.query, grads.key, grads.value, *grads.captures
+        out, lse, *tensors = ctx.saved_tensors
+        call = ctx.call.with_tensors(tensors)
+        d_lse = d_lse if call.want_lse else None
+        with torch.no_grad():
+            grads = _KERNELS[out.device.type][1](call, Result(out, lse), d_out, d_lse)
+        given = (grads.query, grads.key, grads.value, *grads.captures)
+        if torch.is_grad_enabled():  # create_graph=True
+            given = _Once.apply(len(given), *given, *tensors, d_out, d_lse)
+        return None, *given
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that depend on tensors in a way that is not known: torch's own check sees d_out
+    alone, and would take the derivative in query, key and value for 0."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise DerivativeError(message(
+            "flex_attention has no second derivative yet.",
+            expected="one backward through a call", got="a gradient of its gradient",
+            remedy="flexattn.reference.attention can be differentiated any number of times"))

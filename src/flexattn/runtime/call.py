@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,20 @@ class Call:
     want_lse: bool = False
     want_max_scores: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """query, key, value, what the score mod captures, what the mask mod captures."""
+        captures = [mod.captures for mod in (self.score, self.mask) if mod is not None]
+        return (self.query, self.key, self.value, *(t for each in captures for t in each))
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Call:
+        """The same call of other tensors, in the order of `tensors`."""
+        query, key, value, *captures = tensors
+        own = len(self.score.captures) if self.score else 0
+        score = self.score and replace(self.score, captures=tuple(captures[:own]))
+        mask = self.mask and replace(self.mask, captures=tuple(captures[own:]))
+        return replace(self, query=query, key=key, value=value, score=score, mask=mask)
 
 
 @dataclass(frozen=True)

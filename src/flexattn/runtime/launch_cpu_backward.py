@@ -49,7 +49,6 @@ from flexattn.runtime.cpu_call import (
 
 _THREAD_BUDGET = 16 << 20  # bytes a thread may use beyond what the forward pass needs
 _BUSY = 5 / 7  # one pass wins where its threads are busier than this: 5 products against 7
-_SMALLEST_BLOCK = 32
 _ARGUMENTS = struct.Struct(f"{len(ARGUMENTS) - 1}qd")
 
 
@@ -254,13 +253,11 @@ class _Backward:
 
 
 def _runs(call: Call) -> tuple[Runs, Runs]:
-    """The block mask by rows and by columns; on a coarser grid where its blocks are tiny."""
+    """The block mask by rows and by columns."""
     mask, q_len, kv_len = call.block_mask, call.query.shape[2], call.key.shape[2]
     if mask is None:
         whole = call.mask is None
         return one_run(q_len, kv_len, whole), one_run(kv_len, q_len, whole)
-    if min(mask.BLOCK_SIZE) < _SMALLEST_BLOCK:
-        mask = mask.regrid(128, 128)
     return runs_of(mask.rows()), runs_of(mask.columns())
 
 
