@@ -19,6 +19,7 @@ from benchmarks.providers import PROVIDERS
 
 SUITES = {
     "cpu": "benchmarks.cpu",
+    "models": "benchmarks.models",
 }
 
 
