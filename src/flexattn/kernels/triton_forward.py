@@ -44,9 +44,10 @@ def softmax_step(score, total, peak, factor, GUARDED: tl.constexpr):
 
 
 @triton.jit
-def _step(state, q, k, v, at, head, rows, first_kv, kv_len, scale, args, MODS: tl.constexpr,
-          F: tl.constexpr, MASKED: tl.constexpr):
-    """Attends to one tile of keys."""
+def attend_tile(state, q, k, v, at, head, rows, first_kv, kv_len, scale, args,
+                MODS: tl.constexpr, F: tl.constexpr, MASKED: tl.constexpr):
+    """The state after one more tile of keys. at: b, its index in k and v, h, its index in k and v,
+    q_idx; h is a tile [rows, 1] where rows are of several heads."""
     out, total, peak = state
     b, kv_b, h, kv_h, q_idx = at
     kv_idx = indices(first_kv, kv_len, F.tile_kv, MASKED)[None, :]
@@ -108,22 +109,22 @@ def forward(q, k, v, out, lse, max_scores, full, partial, sizes, blocks, scale, 
         count, run, runs, block, stop = first_block(full, row, kv_tiles - 1)
         ragged = ends_ragged(full, row, kv_tiles, kv_len, F.tile_kv)
         for _ in range(count - ragged):
-            state = _step(state, q_rows, k, v, at, head, rows, block * F.tile_kv, kv_len, scale,
-                          args, MODS, F, False)
+            state = attend_tile(state, q_rows, k, v, at, head, rows, block * F.tile_kv, kv_len,
+                                scale, args, MODS, F, False)
             run, block, stop = next_block(full, run, runs, block, stop, kv_tiles - 1)
         count, run, runs, block, stop = first_block(partial, row, kv_tiles - 1)
         for _ in range(count + ragged):
-            state = _step(state, q_rows, k, v, at, head, rows, block * F.tile_kv, kv_len, scale,
-                          args, MODS, F, True)
+            state = attend_tile(state, q_rows, k, v, at, head, rows, block * F.tile_kv, kv_len,
+                                scale, args, MODS, F, True)
             run, block, stop = next_block(partial, run, runs, block, stop, kv_tiles - 1)
     else:
         whole = kv_len // F.tile_kv * F.tile_kv
         for first_kv in range(0, whole, F.tile_kv):
-            state = _step(state, q_rows, k, v, at, head, rows, first_kv, kv_len, scale, args, MODS,
-                          F, False)
+            state = attend_tile(state, q_rows, k, v, at, head, rows, first_kv, kv_len, scale, args,
+                                MODS, F, False)
         for first_kv in range(whole, kv_len, F.tile_kv):
-            state = _step(state, q_rows, k, v, at, head, rows, first_kv, kv_len, scale, args, MODS,
-                          F, True)
+            state = attend_tile(state, q_rows, k, v, at, head, rows, first_kv, kv_len, scale, args,
+                                MODS, F, True)
     result, total, peak = state
     store_rows(out, scaled(result, tl.where(total == 0.0, 0.0, 1.0 / total)), b, h, first, q_len,
                F.value_dim, F.value_chunk, F.tile_q)

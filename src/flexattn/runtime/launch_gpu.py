@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from flexattn.errors import DeviceError, DtypeError, message
-from flexattn.runtime import gpu_mods, launch_triton
+from flexattn.runtime import gpu_mods, launch_triton, launch_triton_decode
 from flexattn.runtime.call import Call, Gradients, Result
 from flexattn.runtime.gpu_launch import Prepared, Refusal
 from flexattn.trace import Mod
 
 FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
+    "triton decode": launch_triton_decode.prepare,
     "triton": launch_triton.prepare,
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
