@@ -124,7 +124,7 @@ class DecodePlan:
             "full": table, "partial": table, "sizes": ("i32",) * 8, "blocks": ("i32",) * 2,
             "scale": "fp32", "args": arguments(*self.code.types), "MODS": "constexpr",
             "F": "constexpr"}
-        constants = {name: None for name, t in signature.items() if t == "constexpr"}
+        constants: dict[str, Any] = {n: None for n, t in signature.items() if t == "constexpr"}
         constants |= {"MODS": load(self.code.text), "F": self.facts}
         aligned = alignment(range(3 if self.split else 4), self.dtype) if self.aligned else {}
         options = {"num_warps": self.config.warps, "num_stages": self.config.stages}
