@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import (
     create_block_mask,
     flex_attention,
 )
+from torch.utils._pytree import tree_map
 
 import flexattn
 from flexattn.integrations import replace_torch as routes
@@ -110,7 +111,8 @@ def test_code_that_was_compiled_with_torchs_is_compiled_anew(
 
 def test_masks_are_instances_of_both_classes(replaced: None) -> None:
     mask = create_block_mask(causal, 2, 3, 300, 300, "cpu")
-    for one in (mask, mask[:, 1], mask.to("cpu")):
+    for one in (mask, mask[:, 1], mask.to("cpu"), mask & mask, mask.adjust(200, 300),
+                tree_map(torch.clone, mask)):
         assert isinstance(one, BlockMask) and isinstance(one, flexattn.BlockMask)
     assert mask.shape == (2, 3, 300, 300) and mask.BLOCK_SIZE == (128, 128)
 

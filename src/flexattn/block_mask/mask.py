@@ -107,7 +107,7 @@ class BlockMask(Listings, Pictures):
     def _of(self, mask_mod: MaskMod, shape: tuple[int, int, int, int], blocks: tuple[int, int]
             ) -> BlockMask:
         table = self._sparsity(mask_mod, shape, blocks).table
-        return BlockMask(table, shape[2:], shape[:2], mask_mod, proved=True)
+        return type(self)(table, shape[2:], shape[:2], mask_mod, proved=True)
 
     def _sparsity(self, mask_mod: MaskMod, shape: tuple[int, int, int, int],
                   blocks: tuple[int, int]) -> Sparsity:

@@ -10,9 +10,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
-
-from flexattn.block_mask import BlockMask
+from flexattn.block_mask import BlockMask, register
 
 
 def as_torch(mask: BlockMask) -> BlockMask:
@@ -34,10 +32,5 @@ def _class() -> type[BlockMask]:
     class TorchCompatibleBlockMask(BlockMask, torch_class):
         """A flexattn.BlockMask that is also torch's."""
 
-        def __getitem__(self, index: Any) -> BlockMask:
-            return as_torch(super().__getitem__(index))
-
-        def to(self, device: torch.device | str) -> BlockMask:
-            return as_torch(super().to(device))
-
+    register(TorchCompatibleBlockMask)
     return TorchCompatibleBlockMask
