@@ -1,6 +1,7 @@
 # Every target creates .venv on first use. Needs Python >= 3.11 and make.
 #   make demo    train a small transformer on real files, write demo.html (about a minute)
 #   make test    the whole test suite
+#   make docs    the documentation, built into site/
 # To test on a GPU, use the environment that has its torch: `make test VENV=/path CONSTRAINTS=`.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ CONSTRAINTS ?= constraints-cpu.txt
 PY := $(VENV)/bin/python
 READY := $(VENV)/.flexattn-ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(READY)
 	$(PY) -m examples.demo
@@ -24,8 +25,11 @@ lint: $(READY)
 bench: $(READY)
 	$(PY) -m benchmarks.run --suite cpu
 
+docs: $(READY)
+	$(PY) -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist demo.html
+	rm -rf $(VENV) build dist site demo.html
 
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@test -x $(PY) || $(PYTHON) -c 'import sys; v = sys.version_info; \
