@@ -32,7 +32,15 @@ from flexattn.trace.refusals import (
     unsupported,
 )
 
+NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat)  # symbolic ones: of torch.compile
 _SAMPLES = {dtype: torch.ones((), dtype=dtype) for dtype in DTYPES}
+
+
+def python_type(value: Any) -> type:
+    """bool, int or float: the type a number counts as."""
+    if isinstance(value, bool):
+        return bool
+    return int if isinstance(value, (int, torch.SymInt)) else float
 
 
 class Tape:
@@ -52,8 +60,7 @@ class Tape:
     def number(self, value: bool | int | float) -> Proxy:
         """Each occurrence of a Python number has a slot of its own."""
         self.numbers.append(value)
-        kind = torch.bool if isinstance(value, bool) else (
-            torch.int64 if isinstance(value, int) else torch.float64)
+        kind = {bool: torch.bool, int: torch.int64, float: torch.float64}[python_type(value)]
         return self.record(Op.NUMBER, kind, (), len(self.numbers) - 1)
 
     def literal(self, value: bool | int | float, dtype: torch.dtype) -> Proxy:
@@ -92,7 +99,7 @@ class Tape:
     def wrap(self, value: Any) -> Proxy:
         if isinstance(value, Proxy):
             return value
-        if isinstance(value, (bool, int, float)):
+        if isinstance(value, NUMBERS):
             return self.number(value)
         if isinstance(value, np.generic):
             return self.number(value.item())
@@ -111,7 +118,7 @@ class Tape:
         """Proxies of one dtype, promoted as torch promotes scalars and Python numbers."""
         values = tuple(v.item() if isinstance(v, np.generic) else v for v in values)
         proxies = [self.wrap(v) for v in values]
-        kinds = [(type(v), None) if isinstance(v, (bool, int, float)) else (None, p.dtype)
+        kinds = [(python_type(v), None) if isinstance(v, NUMBERS) else (None, p.dtype)
                  for v, p in zip(values, proxies, strict=True)]
         dtype = _promote(torch.get_default_dtype(), *kinds)
         return [self.cast(p, dtype) for p in proxies], dtype
@@ -183,7 +190,7 @@ def call_on_proxies(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
 
 def scalar_factory(tape: Tape, name: str, args: tuple, kwargs: dict) -> Proxy | None:
     """torch.tensor(2.0) and the like inside a mod are numbers, not captured tensors."""
-    if name in ("tensor", "as_tensor", "scalar_tensor") and isinstance(args[0], (bool, int, float)):
+    if name in ("tensor", "as_tensor", "scalar_tensor") and isinstance(args[0], NUMBERS):
         value = args[0]
     elif name == "full" and tuple(args[0]) == ():
         value = args[1] if len(args) > 1 else kwargs["fill_value"]

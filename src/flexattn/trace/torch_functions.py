@@ -15,7 +15,7 @@ import torch
 from flexattn.errors import UnsupportedOpError, message, user_location
 from flexattn.ir.ops import CLAMP, Op, dtype_name
 from flexattn.trace.compositions import COMPOSED
-from flexattn.trace.proxy import Proxy, Tape, View, compare
+from flexattn.trace.proxy import NUMBERS, Proxy, Tape, View, compare
 
 Rule = Callable[..., Any]
 
@@ -139,7 +139,7 @@ def _pow(t: Tape, input: Any, exponent: Any) -> Proxy:
     may vary."""
     if exponent is True:
         return t.wrap(input)
-    if isinstance(exponent, (int, float)) and not isinstance(input, (int, float)):
+    if isinstance(exponent, (int, float)) and not isinstance(input, NUMBERS):
         _, common = t.operands(input, exponent)
         if exponent < 0 and not common.is_floating_point:
             _refuse(common, "a negative power", "convert it with .float() first")

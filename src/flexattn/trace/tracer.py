@@ -28,6 +28,7 @@ from flexattn.ir.mod import Mod
 from flexattn.ir.ops import INDEX_INPUTS, Op, dtype_name
 from flexattn.ir.simplify import simplify
 from flexattn.trace.proxy import (
+    NUMBERS,
     Proxy,
     Tape,
     View,
@@ -60,17 +61,21 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if contains_proxy(args) or contains_proxy(tuple(kwargs.values())):
             return call_on_proxies(self.tape, func, args, kwargs)
-        name = getattr(func, "__name__", "")
-        if kwargs.get("out") is not None:
-            reject_write(f"{name}, out=")
-        if name in RANDOM:
-            reject_random(name)
-        if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
-            reject_write(name)
-        if name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
-            reject_read(f"{name} of a captured tensor")
-        made = scalar_factory(self.tape, name, args, kwargs)
+        made = untraced(self.tape, getattr(func, "__name__", ""), args, kwargs)
         return func(*args, **kwargs) if made is None else made
+
+
+def untraced(tape: Tape, name: str, args: tuple, kwargs: dict) -> Proxy | None:
+    """A torch function without a traced argument: refused, or a number, or (None) left to torch."""
+    if kwargs.get("out") is not None:
+        reject_write(f"{name}, out=")
+    if name in RANDOM:
+        reject_random(name)
+    if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+        reject_write(name)
+    if name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__"):
+        reject_read(f"{name} of a captured tensor")
+    return scalar_factory(tape, name, args, kwargs)
 
 
 def trace_score_mod(fn: Callable, dtype: torch.dtype = torch.float32,
@@ -110,7 +115,7 @@ def _run(fn: Callable, tape: Tape, inputs: list[Proxy], role: str) -> Proxy:
     except TypeError:
         _check_signature(fn, inputs, role)
         raise
-    if isinstance(result, (bool, int, float)) or (isinstance(result, Tensor) and not result.dim()):
+    if isinstance(result, NUMBERS) or (isinstance(result, Tensor) and not result.dim()):
         result = tape.wrap(result)
     if not isinstance(result, Proxy):
         what = "None" if result is None else f"a {type(result).__name__}"
@@ -163,8 +168,9 @@ class _Skeleton:
 _skeletons: dict[tuple, _Skeleton] = {}
 
 
-def specialize(trace: Trace) -> Mod:
-    """Constants for the numbers that never varied, run-time numbers for the others.
+def specialize(trace: Trace, symbolic: frozenset[int] = frozenset()) -> Mod:
+    """Constants for the numbers that never varied, run-time numbers for the others and those in
+    `symbolic`.
 
     Examples:
         >>> mod = specialize(trace_mask_mod(lambda b, h, q_idx, kv_idx: kv_idx <= q_idx))
@@ -180,6 +186,8 @@ def specialize(trace: Trace) -> Mod:
     if repr(seen.numbers) != repr(trace.numbers):  # tells 0.0 from -0.0; NaN equals itself
         pairs = zip(seen.numbers, trace.numbers, strict=True)
         seen.varying |= {i for i, (old, new) in enumerate(pairs) if repr(old) != repr(new)}
+    if not symbolic <= seen.varying:
+        seen.varying |= symbolic
     graph = seen.graphs.get(seen.varying)
     if graph is None:
         graph = simplify(_graph(trace, sorted(seen.varying)))

@@ -1,0 +1,191 @@
+"""Mods under torch.compile: Dynamo reads a mod, we trace what it read, one operator remains.
+
+In: `with_mods(name, like, dtype, score_mod, mask_mod, *args)` met by Dynamo in a function it
+compiles. Out: in its graph, one call of `torch.ops.flexattn.<name>` with *args, the text of both
+mods (trace.written), the tensors they capture and their symbolic numbers. Dynamo runs the mods on
+0-d tensors of its own under its guards (so closures, modules and parameters are followed, and a
+change recompiles or becomes an input); the small graph it makes of each is run on our proxies.
+What a mod computes from captured tensors alone becomes part of the caller's graph.
+Rejects what the tracer rejects, and, as a graph break, what Dynamo cannot read.
+
+Dynamo's classes are not public: torch 2.11 to 2.13 are tested.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
+
+from flexattn.trace import Trace, trace_mask_mod, trace_score_mod
+from flexattn.trace.proxy import contains_proxy, index
+from flexattn.trace.tracer import untraced
+from flexattn.trace.written import Written, write
+
+_NAME = "flexattn_with_mods"
+
+
+class _WithMods(HigherOrderOperator):
+    """What Dynamo knows functions by that take functions. Its name is asked for when Dynamo meets
+    it, the moment to tell Dynamo what to do, without importing it any sooner."""
+
+    def __init__(self) -> None:
+        super().__init__(_NAME)
+
+    @property
+    def __name__(self) -> str:
+        _register()
+        return _NAME
+
+    @__name__.setter
+    def __name__(self, name: str) -> None:
+        pass
+
+    def __call__(self, *args: Any) -> Any:
+        raise AssertionError("met outside of torch.compile")
+
+
+with_mods = _WithMods()
+
+
+def _register() -> None:
+    import sys
+
+    higher_order = sys.modules.get("torch._dynamo.variables.higher_order_ops")
+    if higher_order is not None and _NAME not in higher_order._hop_name_to_variable_class:
+        higher_order._hop_name_to_variable_class[_NAME] = _variable_class()
+
+
+def _variable_class() -> type:
+    from torch._dynamo.variables.builder import wrap_fx_proxy
+    from torch._dynamo.variables.higher_order_ops import TorchHigherOrderOperatorVariable
+
+    class WithModsVariable(TorchHigherOrderOperatorVariable):
+        _HOP_NAME = _NAME
+
+        def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
+            name, like, dtype, score_mod, mask_mod, *rest = args
+            scalar = dtype.as_python_constant()
+            score = _written(self, tx, like, score_mod, scalar, "score_mod")
+            mask = _written(self, tx, like, mask_mod, None, "mask_mod")
+            proxy = tx.output.create_proxy(
+                "call_function", getattr(torch.ops.flexattn, name.as_python_constant()).default,
+                (*(arg.as_proxy() for arg in rest), score.text, mask.text, [*score.captures], [*mask.captures],
+                 [*score.whole, *mask.whole], [*score.reals, *mask.reals]), {})
+            return wrap_fx_proxy(tx=tx, proxy=proxy)
+
+    return WithModsVariable
+
+
+def _written(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | None,
+             role: str) -> Written:
+    """The mod as text; captures and numbers as proxies of the caller's graph."""
+    if mod.is_python_constant() and mod.as_python_constant() is None:
+        return Written("", (), (), ())
+    graph, lifted = _speculate(variable, tx, like, mod, dtype, role)
+    body = _Body(tx, graph, {inner.node: outer for outer, inner in lifted.items()})
+    device = like.as_proxy().node.meta["example_value"].device
+    trace: Trace = (trace_mask_mod(body.run, device) if dtype is None
+                    else trace_score_mod(body.run, dtype, device))
+    found = write(trace)
+    reals = tuple(tx.output.create_proxy(
+        "call_function", torch.scalar_tensor, (body.outer(n),), {"dtype": torch.float64})
+        for n in found.reals)
+    for proxy in reals:
+        _evaluate(tx, proxy)
+    return Written(found.text, tuple(map(body.outer, found.captures)),
+                   tuple(map(body.outer, found.whole)), reals)
+
+
+def _speculate(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | None,
+               role: str) -> tuple[fx.Graph, dict[fx.Proxy, fx.Proxy]]:
+    """Dynamo's graph of the mod, and for each value it captures the caller's and its own proxy."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+    from torch._dynamo.variables.base import VariableTracker
+    from torch._dynamo.variables.higher_order_ops import discard_graph_changes, speculate_subgraph
+
+    def scalar(dtype: torch.dtype) -> Any:
+        return like.call_method(tx, "new_empty", [VariableTracker.build(tx, [])],
+                                {"dtype": VariableTracker.build(tx, dtype)})
+
+    with discard_graph_changes(tx):
+        scalars = [] if dtype is None else [scalar(dtype)]
+        scalars += [scalar(torch.int64) for _ in range(4)]
+    with TransformGetItemToIndex():
+        _, graph, lifted = speculate_subgraph(
+            tx, mod, scalars, {}, description=f"flexattn: {role}", source_target=variable.value,
+            set_subgraph_inputs="flatten_manual")
+    return graph, lifted
+
+
+def _evaluate(tx: Any, proxy: fx.Proxy) -> Any:
+    """The fake value of a new node."""
+    from torch._dynamo.utils import get_fake_value, set_example_value
+
+    value = get_fake_value(proxy.node, tx, allow_non_graph_fake=True)
+    set_example_value(proxy.node, value)
+    return value
+
+
+class _Body:
+    """Runs Dynamo's graph of a mod on the tracer's proxies. Values that depend on none of them
+    keep Dynamo's fake value, by which their proxy in the caller's graph is found again."""
+
+    def __init__(self, tx: Any, graph: fx.Graph, lifted: dict[fx.Node, fx.Proxy]) -> None:
+        self._tx, self._graph, self._outer = tx, graph, lifted
+        self._nodes: dict[int, fx.Node] = {}  # id of a fake value -> the node it is of
+        self._kept: list[Any] = []
+
+    def run(self, *scalars: Any) -> Any:
+        values: dict[fx.Node, Any] = {}
+        inputs, self._tape = iter(scalars), scalars[0].tape
+        for node in self._graph.nodes:
+            if node.op == "output":
+                return fx.map_arg(node.args[0], values.__getitem__)[0]
+            if node.op == "placeholder" and node not in self._outer:
+                values[node] = next(inputs)
+            elif node.op in ("call_function", "call_method"):
+                values[node] = self._call(node, *fx.map_arg((node.args, node.kwargs),
+                                                            values.__getitem__))
+            else:
+                values[node] = self._keep(node)
+        raise AssertionError("a graph without an output")
+
+    def _call(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if contains_proxy(args) or contains_proxy(tuple(kwargs.values())):
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.target is operator.getitem and any(map(_is_scalar, _as_tuple(args[1]))):
+            return index(self._tape, *args)  # torch would read the index's value
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        made = untraced(self._tape, str(name), args, kwargs)
+        return self._keep(node) if made is None else made
+
+    def _keep(self, node: fx.Node) -> Any:
+        value = node.meta["example_value"]
+        self._nodes[id(value)] = node
+        self._kept.append(value)
+        return value
+
+    def outer(self, value: Any) -> fx.Proxy:
+        """The caller's proxy of a fake value; nodes of the mod it needs are added there."""
+        return self._lift(self._nodes[id(value)])
+
+    def _lift(self, node: fx.Node) -> fx.Proxy:
+        if node not in self._outer:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._lift)
+            self._outer[node] = self._tx.output.create_proxy(node.op, node.target, args, kwargs)
+            _evaluate(self._tx, self._outer[node])
+        return self._outer[node]
+
+
+def _as_tuple(key: Any) -> tuple:
+    return tuple(key) if isinstance(key, (tuple, list)) else (key,)
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 0
