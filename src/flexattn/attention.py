@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from flexattn.block_mask import BlockMask
+from flexattn.dynamo import with_mods
 from flexattn.errors import ArgumentError, DeviceError, DtypeError, ShapeError, message
+from flexattn.runtime import operator  # noqa: F401  the operators that dynamo calls
 from flexattn.runtime.autograd import attend
 from flexattn.runtime.call import Call, Result
-from flexattn.trace import Mod, specialize, trace_score_mod
+from flexattn.trace import specialize, trace_score_mod
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -90,11 +92,47 @@ def flex_attention(
     if return_lse:
         warnings.warn("return_lse is deprecated: use return_aux=AuxRequest(lse=True)",
                       FutureWarning, stacklevel=2)
+    query, key, value = _autocast(query, key, value)
     _check_tensors(query, key, value, enable_gqa)
+    if block_mask is not None:
+        block_mask = _our_mask(block_mask)
+        _check_mask(block_mask, query, key)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     aux = return_aux or AuxRequest(lse=return_lse)
-    result = attend(_call(query, key, value, score_mod, block_mask, scale, aux,
-                          kernel_options or {}))
+    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
+        result = _by_operator(query, key, value, score_mod, block_mask, scale, aux)
+    else:
+        result = attend(_call(query, key, value, score_mod, block_mask, scale, aux,
+                              kernel_options or {}))
     return _returned(result, return_lse, return_aux)
+
+
+def _autocast(*tensors: Tensor) -> Any:
+    """As scaled_dot_product_attention: under autocast, its dtype for all floats but float64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t.dtype in _DTYPES[:3] else t for t in tensors]
+
+
+def _by_operator(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable | None,
+                 block_mask: BlockMask | None, scale: float, aux: AuxRequest) -> Result:
+    """The call as an operator that compilers and dispatch modes see (runtime.operator)."""
+    runs: list[Tensor] = []
+    sizes: list[int] = []
+    mask_mod = None
+    if block_mask is not None:
+        table, mask_mod = block_mask.rows(), block_mask.element_mod()
+        runs = [table.offsets, table.start, table.end, table.full]
+        sizes = [table.batch, table.heads, table.row_block, table.col_block, *block_mask.shape]
+    out, lse, top = with_mods("attention", query, _score_dtype(query), score_mod, mask_mod, query,
+                              key, value, runs, sizes, scale, aux.max_scores)
+    return Result(out, lse if aux.lse else None, top if aux.max_scores else None)
+
+
+def _score_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype is torch.float64 else torch.float32
 
 
 def _returned(result: Result, return_lse: bool, return_aux: AuxRequest | None) -> Any:
@@ -104,18 +142,11 @@ def _returned(result: Result, return_lse: bool, return_aux: AuxRequest | None) -
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable | None,
-          block_mask: Any, scale: float | None, aux: AuxRequest,
+          block_mask: BlockMask | None, scale: float, aux: AuxRequest,
           options: Mapping[str, Any]) -> Call:
-    mask: Mod | None = None
-    if block_mask is not None:
-        block_mask = _our_mask(block_mask)
-        _check_mask(block_mask, query, key)
-        mask = block_mask.traced(query.device)
-    score: Mod | None = None
-    if score_mod is not None:
-        dtype = torch.float64 if query.dtype is torch.float64 else torch.float32
-        score = specialize(trace_score_mod(score_mod, dtype, query.device))
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    mask = None if block_mask is None else block_mask.traced(query.device)
+    score = None if score_mod is None else specialize(
+        trace_score_mod(score_mod, _score_dtype(query), query.device))
     return Call(query, key, value, scale, score, mask, block_mask, aux.lse, aux.max_scores,
                 options)
 

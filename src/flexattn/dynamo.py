@@ -14,12 +14,15 @@ Dynamo's classes are not public: torch 2.11 to 2.13 are tested.
 from __future__ import annotations
 
 import operator
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 
+from flexattn.errors import FlexAttnError
 from flexattn.trace import Trace, trace_mask_mod, trace_score_mod
 from flexattn.trace.proxy import contains_proxy, index
 from flexattn.trace.tracer import untraced
@@ -44,22 +47,30 @@ class _WithMods(HigherOrderOperator):
     def __name__(self, name: str) -> None:
         pass
 
-    def __call__(self, *args: Any) -> Any:
-        raise AssertionError("met outside of torch.compile")
+    def __call__(self, name: str, like: Tensor, dtype: torch.dtype, score_mod: Callable | None,
+                 mask_mod: Callable | None, *args: Any) -> Any:
+        """Without Dynamo (fake tensors, dispatch modes, export): the same operator, traced here."""
+        nothing = Written("", (), (), ())
+        score = nothing if score_mod is None else write(
+            trace_score_mod(score_mod, dtype, like.device))
+        mask = nothing if mask_mod is None else write(trace_mask_mod(mask_mod, like.device))
+        reals = [torch.scalar_tensor(n, dtype=torch.float64) for n in (*score.reals, *mask.reals)]
+        return getattr(torch.ops.flexattn, name)(
+            *args, score.text, mask.text, list(score.captures), list(mask.captures),
+            [*score.whole, *mask.whole], reals)
 
 
 with_mods = _WithMods()
 
 
 def _register() -> None:
-    import sys
-
     higher_order = sys.modules.get("torch._dynamo.variables.higher_order_ops")
     if higher_order is not None and _NAME not in higher_order._hop_name_to_variable_class:
         higher_order._hop_name_to_variable_class[_NAME] = _variable_class()
 
 
 def _variable_class() -> type:
+    from torch._dynamo.exc import unimplemented
     from torch._dynamo.variables.builder import wrap_fx_proxy
     from torch._dynamo.variables.higher_order_ops import TorchHigherOrderOperatorVariable
 
@@ -69,12 +80,17 @@ def _variable_class() -> type:
         def _call_function(self, tx: Any, args: Any, kwargs: Any) -> Any:
             name, like, dtype, score_mod, mask_mod, *rest = args
             scalar = dtype.as_python_constant()
-            score = _written(self, tx, like, score_mod, scalar, "score_mod")
-            mask = _written(self, tx, like, mask_mod, None, "mask_mod")
+            try:
+                score = _written(self, tx, like, score_mod, scalar, "score_mod")
+                mask = _written(self, tx, like, mask_mod, None, "mask_mod")
+            except FlexAttnError as error:  # the eager call after the graph break raises it
+                unimplemented(gb_type="flexattn cannot trace a mod", context=name.value,
+                              explanation=str(error), hints=[])
+            mods = (score.text, mask.text, [*score.captures], [*mask.captures],
+                    [*score.whole, *mask.whole], [*score.reals, *mask.reals])
             proxy = tx.output.create_proxy(
                 "call_function", getattr(torch.ops.flexattn, name.as_python_constant()).default,
-                (*(arg.as_proxy() for arg in rest), score.text, mask.text, [*score.captures], [*mask.captures],
-                 [*score.whole, *mask.whole], [*score.reals, *mask.reals]), {})
+                (*(arg.as_proxy() for arg in rest), *mods), {})
             return wrap_fx_proxy(tx=tx, proxy=proxy)
 
     return WithModsVariable
@@ -144,7 +160,8 @@ class _Body:
         inputs, self._tape = iter(scalars), scalars[0].tape
         for node in self._graph.nodes:
             if node.op == "output":
-                return fx.map_arg(node.args[0], values.__getitem__)[0]
+                result = fx.map_arg(node.args[0], values.__getitem__)
+                return result[0] if isinstance(result, tuple) and len(result) == 1 else result
             if node.op == "placeholder" and node not in self._outer:
                 values[node] = next(inputs)
             elif node.op in ("call_function", "call_method"):
@@ -177,7 +194,7 @@ class _Body:
 
     def _lift(self, node: fx.Node) -> fx.Proxy:
         if node not in self._outer:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self._lift)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), self._lift)  # type: ignore
             self._outer[node] = self._tx.output.create_proxy(node.op, node.target, args, kwargs)
             _evaluate(self._tx, self._outer[node])
         return self._outer[node]

@@ -29,7 +29,7 @@ def checked_block_size(size: BlockSize) -> tuple[int, int]:
 
 
 def check_size(function: str, name: str, size: int) -> None:
-    if not isinstance(size, int) or size < 0:
+    if not isinstance(size, (int, torch.SymInt)) or size < 0:
         raise ArgumentError(message(f"{function}: {name} is not a size.",
                                     expected="a non-negative int", got=repr(size)))
 

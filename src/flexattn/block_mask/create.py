@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexattn.analysis.block_sparsity import element_mask, mask_sparsity
-from flexattn.analysis.runs import all_partial
+from flexattn.analysis.runs import RunTable, all_partial
 from flexattn.block_mask.arguments import (
     BlockSize,
     MaskMod,
@@ -20,6 +20,7 @@ from flexattn.block_mask.arguments import (
     device_of,
 )
 from flexattn.block_mask.mask import BlockMask
+from flexattn.dynamo import with_mods
 from flexattn.trace import specialize, trace_mask_mod
 
 
@@ -49,11 +50,26 @@ def create_block_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: in
     for name, size in {"B": batch, "H": heads, "Q_LEN": Q_LEN, "KV_LEN": KV_LEN}.items():
         check_size("create_block_mask", name, size)
     blocks, where = checked_block_size(BLOCK_SIZE), device_of(device)
+    if torch.compiler.is_compiling():
+        return _in_a_graph(mask_mod, (batch, heads, Q_LEN, KV_LEN), blocks, where,
+                           separate_full_blocks)
     mod = specialize(trace_mask_mod(mask_mod, where))
     table = mask_sparsity(mod, batch, heads, Q_LEN, KV_LEN, *blocks, where).table
     if not separate_full_blocks:
         table = all_partial(table, -(-KV_LEN // blocks[1]))
     return BlockMask(table, (Q_LEN, KV_LEN), (batch, heads), mask_mod, proved=True,
+                     separate_full_blocks=separate_full_blocks)
+
+
+def _in_a_graph(mask_mod: MaskMod, shape: tuple[int, int, int, int], blocks: tuple[int, int],
+                device: torch.device, separate_full_blocks: bool) -> BlockMask:
+    """The block mask of a graph that is being compiled: its number of runs is not known yet."""
+    offsets, start, end, full, images = with_mods(
+        "block_runs", torch.empty((), device=device), torch.float32, None, mask_mod, *shape,
+        *blocks, separate_full_blocks, device)
+    rows = -(-shape[2] // blocks[0])
+    table = RunTable(offsets, start, end, full, images.shape[0], images.shape[1], rows, *blocks)
+    return BlockMask(table, (shape[2], shape[3]), (shape[0], shape[1]), mask_mod, proved=True,
                      separate_full_blocks=separate_full_blocks)
 
 

@@ -82,7 +82,7 @@ class BlockMask(Listings, Pictures):
     def traced(self, device: torch.device) -> Mod:
         """The traced mask of the elements of partial blocks, of this mask and of all its
         regrids."""
-        return specialize(trace_mask_mod(self._element_mod(), device))
+        return specialize(trace_mask_mod(self.element_mod(), device))
 
     def regrid(self, tile_q: int, tile_kv: int) -> BlockMask:
         """This mask in blocks of tile_q x tile_kv tokens, by proof; the same object for the same
@@ -91,10 +91,10 @@ class BlockMask(Listings, Pictures):
         if key == self.BLOCK_SIZE:
             return self
         if key not in self._regrids:
-            self._regrids[key] = self._of(self._element_mod(), self.shape, key)
+            self._regrids[key] = self._of(self.element_mod(), self.shape, key)
         return self._regrids[key]
 
-    def _element_mod(self) -> MaskMod:
+    def element_mod(self) -> MaskMod:
         """What says alone which elements are attended: mask_mod, unless blocks were given that are
         not its own."""
         if self._elements_of is None:
@@ -305,7 +305,7 @@ class BlockMask(Listings, Pictures):
 
     def __invert__(self) -> BlockMask:
         """Attended where this mask does not attend."""
-        return self._of(negated(self._element_mod()), self.shape, self.BLOCK_SIZE)
+        return self._of(negated(self.element_mod()), self.shape, self.BLOCK_SIZE)
 
     def _joined(self, other: BlockMask, either: bool) -> BlockMask:
         if not isinstance(other, BlockMask):
@@ -316,7 +316,7 @@ class BlockMask(Listings, Pictures):
             raise ShapeError(message("The block masks have different shapes.", got=str(other.shape),
                                      expected=f"{self.shape}, batch and heads may be 1"))
         batch, heads = (max(pair) for pair in pairs[:2])
-        mod = joined(self._element_mod(), other._element_mod(), either)
+        mod = joined(self.element_mod(), other.element_mod(), either)
         return self._of(mod, (batch, heads, *self.seq_lengths), self.BLOCK_SIZE)
 
     # PyTorch's lists

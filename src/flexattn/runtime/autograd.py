@@ -29,13 +29,19 @@ _NOTHING = torch.empty(0)
 
 def attend(call: Call) -> Result:
     """Run the call; record it for backward where a gradient is wanted."""
-    if call.query.device.type not in _KERNELS:
-        raise DeviceError(message("No kernel for this device yet.", expected="cpu or cuda",
-                                  got=str(call.query.device), remedy="move the tensors to the CPU"))
+    forward, _ = kernels(call.query.device)
     tensors = (call.query, call.key, call.value, *(call.score.captures if call.score else ()))
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return Result(*_Attention.apply(call, *tensors))
-    return _KERNELS[call.query.device.type][0](call)
+    return forward(call)
+
+
+def kernels(device: torch.device) -> tuple[Forward, Backward]:
+    """The launchers of a device's forward and backward kernels."""
+    if device.type not in _KERNELS:
+        raise DeviceError(message("No kernel for this device yet.", expected="cpu or cuda",
+                                  got=str(device), remedy="move the tensors to the CPU"))
+    return _KERNELS[device.type]
 
 
 class _Attention(torch.autograd.Function):

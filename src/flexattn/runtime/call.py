@@ -66,3 +66,11 @@ class Gradients:
     key: Tensor
     value: Tensor
     captures: tuple[Tensor | None, ...] = ()
+
+
+def like_query(q: Tensor, value_dim: int) -> Tensor:
+    """An output with the query's order of heads and positions in memory."""
+    batch, heads, q_len, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
+    return q.new_empty(batch, heads, q_len, value_dim)

@@ -20,7 +20,7 @@ from flexattn.kernels.cpu_frame import Frame
 from flexattn.kernels.cpu_sites import KernelMod
 from flexattn.kernels.tile_config import cpu_tile, decode_tile
 from flexattn.runtime import threads
-from flexattn.runtime.call import Call, Result
+from flexattn.runtime.call import Call, Result, like_query
 from flexattn.runtime.cpu_call import Memory, Runs, Tables, one_run, plan, runs_of, team_size
 
 _SMALLEST_TILE = 16
@@ -32,7 +32,7 @@ _KEYS_WORTH_SPLITTING = 512
 def forward(call: Call) -> Result:
     """out, and lse and max_scores where wanted."""
     q, k, v = call.query, call.key, call.value
-    out = _like_query(q, v.shape[-1])
+    out = like_query(q, v.shape[-1])
     statistics = torch.float64 if q.dtype is torch.float64 else torch.float32
     lse, max_scores = (q.new_empty(q.shape[:3], dtype=statistics) if wanted else None
                        for wanted in (call.want_lse, call.want_max_scores))
@@ -51,14 +51,6 @@ def forward(call: Call) -> Result:
 def kernel(call: Call) -> str:
     """Which kernel takes it: "decode" or "forward"."""
     return "decode" if _decodes(call) else "forward"
-
-
-def _like_query(q: Tensor, value_dim: int) -> Tensor:
-    """An output with the query's order of heads and positions in memory."""
-    batch, heads, q_len, _ = q.shape
-    if q.stride(1) < q.stride(2):
-        return q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
-    return q.new_empty(batch, heads, q_len, value_dim)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexattn.compile_triton import Source, load
 from flexattn.kernels.triton_config import ForwardFacts, TritonConfig, chunk_of, forward_configs
-from flexattn.runtime.call import Call, Result
+from flexattn.runtime.call import Call, Result, like_query
 from flexattn.runtime.gpu_driver import shared_limit, target
 from flexattn.runtime.gpu_launch import TYPES, Launch, Prepared, Refusal, function, stream_of
 from flexattn.runtime.gpu_mods import (
@@ -171,14 +171,6 @@ class _Forward:
                 tensors += mod.captures
         self.launch(tensors, stream_of(q))
         return Result(out, lse, max_scores)
-
-
-def like_query(q: Tensor, value_dim: int) -> Tensor:
-    """An output with the query's order of heads and positions in memory."""
-    batch, heads, q_len, _ = q.shape
-    if q.stride(1) < q.stride(2):
-        return q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
-    return q.new_empty(batch, heads, q_len, value_dim)
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -49,7 +49,7 @@ class Tape:
     def __init__(self, device: torch.device, kind: str = "score") -> None:
         self.device, self.kind = device, kind
         self.entries: list[tuple[Op, torch.dtype, tuple[int, ...], Any]] = []
-        self.numbers: list[bool | int | float] = []
+        self.numbers: list[Any] = []
         self.captures: list[Tensor] = []
         self._slots: dict[int, int] = {}
 
@@ -57,7 +57,7 @@ class Tape:
         self.entries.append((op, dtype, args, attr))
         return Proxy(self, len(self.entries) - 1, dtype)
 
-    def number(self, value: bool | int | float) -> Proxy:
+    def number(self, value: Any) -> Proxy:
         """Each occurrence of a Python number has a slot of its own."""
         self.numbers.append(value)
         kind = {bool: torch.bool, int: torch.int64, float: torch.float64}[python_type(value)]

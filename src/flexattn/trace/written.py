@@ -70,6 +70,24 @@ def counts(text: str) -> tuple[int, int, int]:
     return len(key[2]), numbers.count(_WHOLE), numbers.count(_REAL)
 
 
+def reads(text: str, name: str) -> bool:
+    """Whether the mod reads an input."""
+    return any(op is Op.INPUT and attr == name and i in _used(text)
+               for i, (op, _, _, attr) in enumerate(_read(text)[0][3]))
+
+
+@lru_cache(maxsize=1024)
+def _used(text: str) -> frozenset[int]:
+    """Entries that the result depends on."""
+    _, result, _, entries = _read(text)[0]
+    used, found = [result], {result}
+    while used:
+        new = set(entries[used.pop()][2]) - found
+        found |= new
+        used += new
+    return frozenset(found)
+
+
 def bind(text: str, captures: Sequence[Tensor], whole: Sequence[int],
          reals: Sequence[float]) -> Mod | None:
     """The mod that was written; None for the empty text. Its symbolic numbers are arguments of
@@ -81,3 +99,28 @@ def bind(text: str, captures: Sequence[Tensor], whole: Sequence[int],
     filled = tuple(next(values[n]) if n in values else n for n in numbers)
     symbolic = frozenset(i for i, n in enumerate(numbers) if n in values)
     return specialize(Trace(key[0], key, filled, tuple(captures)), symbolic)
+
+
+class Replayed:
+    """A written mask as a mask_mod again: what `bind` gives, for whoever wants a function."""
+
+    def __init__(self, text: str, captures: Sequence[Tensor], whole: Sequence[int],
+                 reals: Sequence[float]) -> None:
+        self._key, numbers = _read(text)
+        self._captures = captures
+        values = {_WHOLE: iter(whole), _REAL: iter(reals)}
+        self._numbers = [next(values[n]) if n in values else n for n in numbers]
+
+    def __call__(self, *scalars: Any) -> Any:
+        _, result, _, entries = self._key
+        tape, inputs, made = scalars[0].tape, iter(scalars), []
+        for op, dtype, args, attr in entries:
+            if op is Op.INPUT:
+                made.append(next(inputs))
+            elif op is Op.NUMBER:
+                made.append(tape.number(self._numbers[attr]))
+            elif op is Op.LOAD:
+                made.append(tape.load(self._captures[attr], [made[a] for a in args]))
+            else:
+                made.append(tape.record(op, dtype, tuple(made[a].index for a in args), attr))
+        return made[result]

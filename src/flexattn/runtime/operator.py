@@ -1,0 +1,175 @@
+"""Attention and block masks as operators of torch.library: what a compiled graph holds of us.
+
+In: query, key and value (or sizes), the text of the mods (trace.written) and what they capture.
+Out: out, lse and max_scores (empty unless wanted), differentiable; or a block mask's table of runs.
+torch.compile, torch.export, selective checkpointing and fake tensors see these operators; eager
+calls bypass them. Backward of backward is refused by torch, since the backward operator has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexattn.analysis.block_sparsity import mask_sparsity
+from flexattn.analysis.runs import RunTable, all_partial, broadcast_rows
+from flexattn.block_mask import BlockMask
+from flexattn.runtime.autograd import kernels
+from flexattn.runtime.call import Call, Result, like_query
+from flexattn.trace.written import Replayed, bind, counts, needs_gradient, reads
+
+_MODS = ("str score, str mask, Tensor[] score_captures, Tensor[] mask_captures, SymInt[] whole, "
+         "Tensor[] reals")
+_INPUTS = ("Tensor query, Tensor key, Tensor value, Tensor[] runs, SymInt[] sizes, float scale, "
+           f"bool want_max_scores, {_MODS}")
+_library = torch.library.Library("flexattn", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_library.define(f"attention({_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+_library.define("attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, "
+                f"{_INPUTS}) -> Tensor[]", tags=_TAGS)
+_library.define("block_runs(SymInt batch, SymInt heads, SymInt q_len, SymInt kv_len, "
+                "SymInt q_block, SymInt kv_block, bool separate_full_blocks, Device device, "
+                f"{_MODS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
+
+
+# Attention
+
+
+def _call(query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Tensor], sizes: Sequence[int],
+          scale: float, want_max_scores: bool, score: str, mask: str,
+          score_captures: Sequence[Tensor], mask_captures: Sequence[Tensor], whole: Sequence[int],
+          reals: Sequence[Tensor]) -> Call:
+    """The arguments of the operator as a call."""
+    _, whole_split, real_split = counts(score)
+    numbers = [float(t) for t in reals]
+    of_mask = (mask, mask_captures, whole[whole_split:], numbers[real_split:])
+    return Call(query, key, value, scale,
+                bind(score, score_captures, whole[:whole_split], numbers[:real_split]),
+                bind(*of_mask), _block_mask(runs, sizes, of_mask) if runs else None,
+                True, want_max_scores)
+
+
+def _block_mask(runs: Sequence[Tensor], sizes: Sequence[int], of_mask: Any) -> BlockMask:
+    """The block mask of a table; kept with the table, so that what is derived from it is, too."""
+    table = runs[0]
+    found = getattr(table, "_flexattn_block_mask", None)
+    if found is None:
+        batch, heads, row_block, col_block, mask_batch, mask_heads, q_len, kv_len = sizes
+        offsets, start, end, full = runs
+        rows = RunTable(offsets, start, end, full, batch, heads, -(-q_len // row_block),
+                        row_block, col_block)
+        found = BlockMask(rows, (q_len, kv_len), (mask_batch, mask_heads), Replayed(*of_mask),
+                          proved=True)
+        table._flexattn_block_mask = found  # type: ignore[attr-defined]
+    return found
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    call = _call(query, key, value, *rest)
+    result = kernels(query.device)[0](call)
+    assert result.lse is not None
+    nothing = result.lse.new_empty(0)
+    return result.out, result.lse, nothing if result.max_scores is None else result.max_scores
+
+
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, runs: Any, sizes: Any, scale: float,
+                  want_max_scores: bool, *rest: Any) -> tuple[Tensor, ...]:
+    statistics = torch.float64 if query.dtype is torch.float64 else torch.float32
+    lse = query.new_empty(query.shape[:3], dtype=statistics)
+    return (like_query(query, value.shape[-1]), lse,
+            torch.empty_like(lse) if want_max_scores else lse.new_empty(0))
+
+
+def _backward(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor,
+              *inputs: Any) -> list[Tensor]:
+    call = _call(*inputs)
+    grads = kernels(out.device)[1](call, Result(out, lse), d_out, d_lse)
+    found = [grads.query, grads.key, grads.value]
+    for capture, grad, needed in zip(call.score.captures if call.score else (), grads.captures,
+                                     needs_gradient(inputs[7]), strict=True):
+        if needed:
+            found.append(torch.zeros_like(capture) if grad is None else grad)
+    return [t.contiguous() for t in found]
+
+
+def _backward_fake(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor,
+                   *inputs: Any) -> list[Tensor]:
+    needed = [c for c, needs in zip(inputs[9], needs_gradient(inputs[7]), strict=True) if needs]
+    return [t.new_empty(t.shape) for t in (*inputs[:3], *needed)]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
+    tensors = (*inputs[:3], *inputs[3], *inputs[9], *inputs[10], *inputs[12])
+    ctx.lengths = [len(inputs[i]) for i in (3, 9, 10, 12)]
+    ctx.plain = (inputs[4:9], inputs[11])
+    ctx.save_for_backward(output[0], output[1], *tensors)
+
+
+def _autograd(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: Any) -> tuple:
+    out, lse, query, key, value, *rest = ctx.saved_tensors
+    runs, score_captures, mask_captures, reals = _split(rest, ctx.lengths)
+    head, whole = ctx.plain
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_query, d_key, d_value, *found = torch.ops.flexattn.attention_backward(
+        d_out, d_lse, out, lse, query, key, value, runs, *head, score_captures, mask_captures,
+        whole, reals)
+    given = iter(found)
+    captures = [next(given) if needed else None for needed in needs_gradient(head[3])]
+    sizes = head[0]
+    return (d_query, d_key, d_value, [None] * len(runs), None if sizes else [], None, None, None,
+            None, captures, [None] * len(mask_captures), None if whole else [],
+            [None] * len(reals))  # torch takes an empty list for one of tensors
+
+
+def _split(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
+    given = iter(tensors)
+    return [[next(given) for _ in range(n)] for n in lengths]
+
+
+# Block masks
+
+
+def _block_runs(batch: int, heads: int, q_len: int, kv_len: int, q_block: int, kv_block: int,
+                separate_full_blocks: bool, device: torch.device, score: str, mask: str,
+                score_captures: Sequence[Tensor], mask_captures: Sequence[Tensor],
+                whole: Sequence[int], reals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    mod = bind(mask, mask_captures, whole, [float(t) for t in reals])
+    assert mod is not None
+    table = mask_sparsity(mod, batch, heads, q_len, kv_len, q_block, kv_block, device).table
+    if not separate_full_blocks:
+        table = all_partial(table, -(-kv_len // kv_block))
+    images = _images(mask, batch, heads)
+    table = broadcast_rows(table, *images)
+    return (table.offsets, table.start, table.end, table.full,
+            torch.empty(images, dtype=torch.int8, device=device))
+
+
+def _images(mask: str, batch: int, heads: int) -> tuple[int, int]:
+    """Batch entries and heads that the table has rows for."""
+    return batch if reads(mask, "b") else 1, heads if reads(mask, "h") else 1
+
+
+def _block_runs_fake(batch: int, heads: int, q_len: int, kv_len: int, q_block: int, kv_block: int,
+                     separate_full_blocks: bool, device: torch.device, score: str, mask: str,
+                     *rest: Any) -> tuple[Tensor, ...]:
+    images = _images(mask, batch, heads)
+    rows = images[0] * images[1] * (-(-q_len // q_block))
+    runs = torch.library.get_ctx().new_dynamic_size()
+    offsets, start, end = (torch.empty(n, dtype=torch.int32, device=device)
+                           for n in (rows + 1, runs, runs))
+    return (offsets, start, end, torch.empty(runs, dtype=torch.bool, device=device),
+            torch.empty(images, dtype=torch.int8, device=device))
+
+
+for _name, _kernel, _fake in (("attention", _forward, _forward_fake),
+                              ("attention_backward", _backward, _backward_fake),
+                              ("block_runs", _block_runs, _block_runs_fake)):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flexattn::{_name}", _fake, lib=_library)
+torch.library.register_autograd("flexattn::attention", _autograd, setup_context=_setup_context,
+                                lib=_library)
