@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
+from torch.overrides import TorchFunctionMode
 
 from flexattn.errors import FlexAttnError
 from flexattn.trace import Trace, trace_mask_mod, trace_score_mod
@@ -107,11 +108,7 @@ def _written(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | N
     trace: Trace = (trace_mask_mod(body.run, device) if dtype is None
                     else trace_score_mod(body.run, dtype, device))
     found = write(trace)
-    reals = tuple(tx.output.create_proxy(
-        "call_function", torch.scalar_tensor, (body.outer(n),), {"dtype": torch.float64})
-        for n in found.reals)
-    for proxy in reals:
-        _evaluate(tx, proxy)
+    reals = tuple(map(body.real, found.reals))
     return Written(found.text, tuple(map(body.outer, found.captures)),
                    tuple(map(body.outer, found.whole)), reals)
 
@@ -119,7 +116,6 @@ def _written(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | N
 def _speculate(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | None,
                role: str) -> tuple[fx.Graph, dict[fx.Proxy, fx.Proxy]]:
     """Dynamo's graph of the mod, and for each value it captures the caller's and its own proxy."""
-    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
     from torch._dynamo.variables.base import VariableTracker
     from torch._dynamo.variables.higher_order_ops import discard_graph_changes, speculate_subgraph
 
@@ -130,20 +126,43 @@ def _speculate(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype |
     with discard_graph_changes(tx):
         scalars = [] if dtype is None else [scalar(dtype)]
         scalars += [scalar(torch.int64) for _ in range(4)]
-    with TransformGetItemToIndex():
+    with _IndexByScalars():
         _, graph, lifted = speculate_subgraph(
             tx, mod, scalars, {}, description=f"flexattn: {role}", source_target=variable.value,
             set_subgraph_inputs="flatten_manual")
+    _free_floats(tx, graph, {inner.node: outer for outer, inner in lifted.items()})
     return graph, lifted
 
 
-def _evaluate(tx: Any, proxy: fx.Proxy) -> Any:
-    """The fake value of a new node."""
-    from torch._dynamo.utils import get_fake_value, set_example_value
+def _free_floats(tx: Any, graph: fx.Graph, outer: dict[fx.Node, fx.Proxy]) -> None:
+    """A captured float that Dynamo first met in this mod is remembered as a node of the mod's
+    graph, where no later mod can use it: it becomes a node of the caller's."""
+    for variable in tx.output.variable_tracker_cache.values():
+        node = getattr(vars(variable).get("proxy"), "node", None)
+        if node is not None and node.graph is graph and node.target == "item":
+            read = tx.output.create_proxy("call_method", "item", (outer[node.args[0]],), {})
+            read.node.meta["example_value"] = node.meta["example_value"]
+            variable.proxy = read
 
-    value = get_fake_value(proxy.node, tx, allow_non_graph_fake=True)
-    set_example_value(proxy.node, value)
-    return value
+
+_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg)
+
+
+class _IndexByScalars(TorchFunctionMode):
+    """table[q_idx] on fake tensors: by the tensor q_idx, where torch would read its value."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.Tensor.__getitem__ and any(map(_is_scalar, _as_tuple(args[1]))):
+            table, keys = args[0], _as_tuple(args[1])
+            if any(k is Ellipsis for k in keys):
+                at = next(i for i, k in enumerate(keys) if k is Ellipsis)
+                gap = table.dim() - len(keys) + 1
+                keys = keys[:at] + (slice(None),) * gap + keys[at + 1:]
+            if all(isinstance(k, (int, Tensor)) or k == slice(None) for k in keys):
+                places = [torch.tensor(k, device=table.device) if isinstance(k, int) else
+                          k if isinstance(k, Tensor) else None for k in keys]
+                return torch.ops.aten.index(table, places)
+        return func(*args, **(kwargs or {}))
 
 
 class _Body:
@@ -178,6 +197,8 @@ class _Body:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.target is operator.getitem and any(map(_is_scalar, _as_tuple(args[1]))):
             return index(self._tape, *args)  # torch would read the index's value
+        if node.target == "item" and not isinstance(node.meta["example_value"], Tensor):
+            return self._keep(node)  # a captured Python float, which Dynamo has as a tensor
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         made = untraced(self._tape, str(name), args, kwargs)
         return self._keep(node) if made is None else made
@@ -192,12 +213,42 @@ class _Body:
         """The caller's proxy of a fake value; nodes of the mod it needs are added there."""
         return self._lift(self._nodes[id(value)])
 
+    def real(self, value: Any) -> fx.Proxy:
+        """The caller's proxy of a symbolic float as a float64 scalar on the CPU. Dynamo has
+        captured floats as such tensors and reads their .item(); a graph that used what was read
+        would hold for one value only."""
+        return self._as_tensor(self._nodes[id(value)])
+
+    def _as_tensor(self, node: fx.Node) -> fx.Proxy:
+        if node in self._outer:
+            node = self._outer[node].node
+        if node.op == "call_method" and node.target == "item":
+            return self._proxy(node.args[0])  # type: ignore[arg-type]
+        if node.target in _ARITHMETIC:
+            args = tuple(self._as_tensor(a) if isinstance(a, fx.Node) else a for a in node.args)
+            return self._create("call_function", node.target, args, {})
+        return self._create("call_function", torch.scalar_tensor, (self._proxy(node),),
+                            {"dtype": torch.float64})
+
+    def _proxy(self, node: fx.Node) -> fx.Proxy:
+        """Of a node of the mod or of the caller's graph, in the latter."""
+        if node.graph is self._graph:
+            return self._lift(node)
+        return fx.Proxy(node, self._tx.output.current_tracer)
+
     def _lift(self, node: fx.Node) -> fx.Proxy:
         if node not in self._outer:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self._lift)  # type: ignore
-            self._outer[node] = self._tx.output.create_proxy(node.op, node.target, args, kwargs)
-            _evaluate(self._tx, self._outer[node])
+            self._outer[node] = self._create(node.op, node.target, args, kwargs)
         return self._outer[node]
+
+    def _create(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Proxy:
+        from torch._dynamo.utils import get_fake_value, set_example_value
+
+        proxy = self._tx.output.create_proxy(op, target, args, kwargs)
+        set_example_value(proxy.node, get_fake_value(proxy.node, self._tx,
+                                                     allow_non_graph_fake=True))
+        return proxy
 
 
 def _as_tuple(key: Any) -> tuple:

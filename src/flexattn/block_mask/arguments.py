@@ -35,7 +35,11 @@ def check_size(function: str, name: str, size: int) -> None:
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
-    return torch.device(device) if device is not None else torch.get_default_device()
+    if device is not None:
+        return torch.device(device)
+    if torch.compiler.is_compiling():  # which cannot read the default device
+        return torch.empty(0).device
+    return torch.get_default_device()
 
 
 def positions(index: Any, sizes: tuple[int, int, int]) -> list[Tensor]:

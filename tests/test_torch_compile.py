@@ -1,0 +1,299 @@
+"""torch.compile with fullgraph=True: no graph break, few compiles, the eager results."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import flexattn
+from flexattn import AuxRequest, BlockMask, create_block_mask, flex_attention, masks, mods
+from flexattn import compile as native
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def tensors(length=20, heads=4, kv_heads=None, dim=16, grad=True, dtype=torch.float32):
+    shapes = [(2, heads, length, dim)] + [(2, kv_heads or heads, length + 3, dim)] * 2
+    return [torch.randn(s, dtype=dtype, requires_grad=grad) for s in shapes]
+
+
+def same(compiled, eager, inputs, *more):
+    """Outputs and gradients have the same bits, whatever launches the kernels."""
+    results = []
+    for fn in (eager, compiled):
+        out = fn(*more)
+        leaves = [t for t in inputs if t.requires_grad]
+        torch.manual_seed(1)
+        grads = torch.autograd.grad(out, leaves, torch.randn_like(out), allow_unused=True) \
+            if leaves else ()
+        results.append((out, *grads))
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert (got is None) == (expected is None)
+        assert got is None or torch.equal(got, expected)
+
+
+slopes = torch.rand(4, requires_grad=True)
+table = torch.randn(4, 64, requires_grad=True)
+documents = torch.randint(0, 3, (64,)).sort().values
+offset = torch.tensor(2)
+MODS = {
+    "none": None,
+    "softcap": lambda s, b, h, q, k: 20 * torch.tanh(s / 20),
+    "alibi": lambda s, b, h, q, k: s + slopes[h] * (k - q),
+    "relative": lambda s, b, h, q, k: s + table[h, q - k + 32],
+    "two reads": lambda s, b, h, q, k: s * table[h, q] + table[h, k].sigmoid(),
+    "computed of a capture": lambda s, b, h, q, k: s + torch.exp(table * 0.1)[h, q] * slopes.sum(),
+    "of the library": mods.softcap(7.0),
+    "partial": functools.partial(lambda factor, s, b, h, q, k: s * factor, 0.5),
+    "by a captured scalar": lambda s, b, h, q, k: s + table[h, offset] + table[1, offset + 1] * q,
+    "numbers and factories": lambda s, b, h, q, k: torch.where(
+        q >= k, s, torch.full((), -5.0)) + torch.zeros_like(s) + torch.tensor(0.5),
+    "composed": lambda s, b, h, q, k: nn.functional.gelu(s) + nn.functional.softplus(s),
+    "step by step": lambda s, b, h, q, k: s + table[h][q] + table[..., k][h],
+}
+MASKS = {
+    "none": None,
+    "causal": masks.causal,
+    "documents": lambda b, h, q, k: (documents[q] == documents[k]) & (q >= k),
+    "window": flexattn.and_masks(masks.causal, masks.sliding_window(8)),
+}
+
+
+@pytest.mark.parametrize("name", MODS)
+def test_score_mods(name):
+    q, k, v = tensors()
+    compiled = torch.compile(flex_attention, backend="aot_eager", fullgraph=True)
+    same(compiled, flex_attention, [q, k, v, slopes, table], q, k, v, MODS[name])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_block_masks_made_outside(name):
+    q, k, v = tensors()
+    mask = MASKS[name] and create_block_mask(MASKS[name], None, None, 20, 23, BLOCK_SIZE=16)
+    compiled = torch.compile(flex_attention, backend="aot_eager", fullgraph=True)
+    same(compiled, flex_attention, [q, k, v, slopes], q, k, v, MODS["alibi"], mask)
+
+
+@pytest.mark.parametrize("name", ["causal", "documents", "window"])
+def test_block_masks_made_inside(name):
+    q, k, v = tensors()
+
+    def attend(q, k, v):
+        mask = create_block_mask(MASKS[name], None, None, q.shape[2], k.shape[2], BLOCK_SIZE=16)
+        return flex_attention(q, k, v, MODS["relative"], mask)
+
+    same(torch.compile(attend, backend="aot_eager", fullgraph=True), attend, [q, k, v, table],
+         q, k, v)
+
+
+def test_masks_by_batch_and_head_made_inside():
+    q, k, v = tensors()
+    lengths = torch.tensor([5, 17])
+
+    def attend(q, k, v):
+        mask = create_block_mask(lambda b, h, q, k: (k < lengths[b]) & (k >= h), q.shape[0],
+                                 q.shape[1], q.shape[2], k.shape[2], BLOCK_SIZE=8)
+        return flex_attention(q, k, v, block_mask=mask)
+
+    same(torch.compile(attend, backend="aot_eager", fullgraph=True), attend, [q, k, v], q, k, v)
+
+
+@pytest.mark.parametrize("name", ["causal", "documents"])
+def test_create_block_mask_itself(name):
+    compiled = torch.compile(create_block_mask, backend="aot_eager", fullgraph=True)
+    for length in (40, 50, 64):
+        got = compiled(MASKS[name], 2, None, length, length, BLOCK_SIZE=16)
+        expected = create_block_mask(MASKS[name], 2, None, length, length, BLOCK_SIZE=16)
+        assert isinstance(got, BlockMask) and got.shape == expected.shape
+        assert torch.equal(got.to_dense(), expected.to_dense())
+        q = torch.randn(2, 1, length, 16)
+        assert torch.equal(flex_attention(q, q, q, block_mask=got),
+                           flex_attention(q, q, q, block_mask=expected))
+
+
+def test_statistics_scale_and_grouped_heads():
+    q, k, v = tensors(kv_heads=2)
+
+    def attend(q, k, v):
+        out, aux = flex_attention(q, k, v, MODS["alibi"], scale=0.3, enable_gqa=True,
+                                  return_aux=AuxRequest(lse=True, max_scores=True))
+        return out.sum(-1) + aux.lse + aux.max_scores
+
+    same(torch.compile(attend, backend="aot_eager", fullgraph=True), attend,
+         [q, k, v, slopes], q, k, v)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes_and_strides(dtype):
+    q, k, v = (t.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+               for t in tensors(dtype=dtype))
+    same(torch.compile(flex_attention, backend="aot_eager", fullgraph=True), flex_attention,
+         [q, k, v], q, k, v, MODS["softcap"])
+
+
+def test_inference():
+    q, k, v = tensors(grad=False)
+    compiled = torch.compile(flex_attention, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        assert torch.equal(compiled(q, k, v, MODS["relative"]),
+                           flex_attention(q, k, v, MODS["relative"]))
+
+
+class Model(nn.Module):
+    """Two layers with a learned bias, a buffer and a captured number."""
+
+    def __init__(self, heads=4, dim=16):
+        super().__init__()
+        self.heads, self.dim = heads, dim
+        self.qkv = nn.ModuleList(nn.Linear(32, 3 * heads * dim) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(heads * dim, 32) for _ in range(2))
+        self.bias = nn.Parameter(torch.randn(heads, 129) * 0.1)
+        self.register_buffer("slopes", torch.rand(heads))
+        self.temperature = 1.0
+
+    def score_mod(self, score, b, h, q_idx, kv_idx):
+        return score * self.temperature + self.bias[h, q_idx - kv_idx + 64] - self.slopes[h]
+
+    def forward(self, x, mask=None):
+        batch, length, _ = x.shape
+        if mask is None:
+            mask = create_block_mask(masks.causal, None, None, length, length, BLOCK_SIZE=16)
+        for qkv, out in zip(self.qkv, self.out, strict=True):
+            q, k, v = qkv(x).view(batch, length, 3, self.heads, self.dim).permute(2, 0, 3, 1, 4)
+            y = flex_attention(q, k, v, self.score_mod, mask)
+            x = x + out(y.transpose(1, 2).reshape(batch, length, -1))
+        return x
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["mask inside", "mask outside"])
+def test_fifty_steps(inside, monkeypatch):
+    """Changing lengths and a changing captured number: two compiles, no kernel after the second."""
+    model, twin = Model(), Model()
+    twin.load_state_dict(model.state_dict())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    built = []
+    original = native.compile_object
+    monkeypatch.setattr(native, "compile_object", lambda *a: built.append(0) or original(*a))
+    kernels = []
+    for step in range(50):
+        length = 20 + (step * 7) % 41
+        model.temperature = twin.temperature = 0.5 + 0.013 * step
+        x = torch.randn(2, length, 32)
+        mask = None if inside else create_block_mask(masks.causal, None, None, length, length,
+                                                     BLOCK_SIZE=16)
+        got, expected = compiled(x, mask), twin(x, mask)
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+        got.square().mean().backward()
+        kernels.append(len(built))
+    expected.square().mean().backward()
+    assert counter.frame_count <= 2
+    assert kernels[-1] == kernels[1]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_gradients_of_a_model():
+    model = Model()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 24, 32)
+    grads = []
+    for fn in (compiled, model):
+        model.zero_grad()
+        fn(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_made_for_any_size_has_its_numbers_from_the_first_call_on(monkeypatch):
+    built = []
+    original = native.compile_object
+    monkeypatch.setattr(native, "compile_object", lambda *a: built.append(0) or original(*a))
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def attend(q, factor):
+        return flex_attention(q, q, q, lambda s, b, h, i, j: s * factor + 0.0312)
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=True)
+    for length, factor in ((8, 0.5), (11, 0.75), (17, 1.5)):
+        q = torch.randn(1, 1, length, 16)
+        assert torch.equal(compiled(q, factor), attend(q, factor))
+    assert counter.frame_count <= 2
+
+
+def test_whole_numbers_that_vary():
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def attend(q, window):
+        mask = create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < window), None, None,
+                                 q.shape[2], q.shape[2], BLOCK_SIZE=16)
+        return flex_attention(q, q, q, lambda s, b, h, i, j: s + window // 2, mask)
+
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    q = torch.randn(1, 1, 70, 16)
+    for window in (3, 9, 17, 33, 40):
+        assert torch.equal(compiled(q, window), attend(q, window))
+    assert counter.frame_count <= 2
+
+
+def test_a_changed_closure_is_followed():
+    settings = {"mod": MODS["softcap"]}
+
+    def attend(q):
+        return flex_attention(q, q, q, settings["mod"])
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    q = torch.randn(1, 4, 20, 16)
+    for name in ("softcap", "alibi", "none", "softcap"):
+        settings["mod"] = MODS[name]
+        assert torch.equal(compiled(q), attend(q))
+
+
+def test_captured_tensors_may_change_in_place():
+    values = torch.randn(4)
+
+    def attend(q):
+        return flex_attention(q, q, q, lambda s, b, h, i, j: s * values[h])
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    q = torch.randn(1, 4, 20, 16)
+    for _ in range(3):
+        assert torch.equal(compiled(q), attend(q))
+        values.mul_(1.5)
+
+
+def test_a_mod_that_cannot_be_traced():
+    def branch(s, b, h, q, k):
+        return s if q >= k else -s
+
+    q = torch.randn(1, 1, 20, 16)
+    with pytest.raises(Exception, match=r"flexattn|torch\.where|data-dependent|Data-dependent"):
+        torch.compile(flex_attention, backend="eager", fullgraph=True)(q, q, q, branch)
+    with pytest.raises(flexattn.errors.ControlFlowError, match="torch.where"):
+        torch.compile(flex_attention, backend="eager")(q, q, q, branch)
+    with pytest.raises(flexattn.errors.UnsupportedOpError, match="cumsum"):
+        torch.compile(flex_attention, backend="eager")(
+            q, q, q, lambda s, b, h, i, j: torch.cumsum(s, 0))
+
+
+def test_inductor():
+    x = torch.randn(2, 24, 64, requires_grad=True)
+
+    def block(x):
+        q = x.view(2, 24, 4, 16).transpose(1, 2) * 2
+        mask = create_block_mask(masks.causal, None, None, 24, 24, BLOCK_SIZE=16)
+        return flex_attention(q, q, q, MODS["relative"], mask).sin()
+
+    grads = []
+    for fn in (torch.compile(block, fullgraph=True), block):
+        out = fn(x)
+        grads.append((out, *torch.autograd.grad(out.square().sum(), [x, table])))
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
