@@ -102,8 +102,8 @@ def _written(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | N
     """The mod as text; captures and numbers as proxies of the caller's graph."""
     if mod.is_python_constant() and mod.as_python_constant() is None:
         return Written("", (), (), ())
-    graph, lifted = _speculate(variable, tx, like, mod, dtype, role)
-    body = _Body(tx, graph, {inner.node: outer for outer, inner in lifted.items()})
+    graph, outer = _speculate(variable, tx, like, mod, dtype, role)
+    body = _Body(tx, graph, outer)
     device = like.as_proxy().node.meta["example_value"].device
     trace: Trace = (trace_mask_mod(body.run, device) if dtype is None
                     else trace_score_mod(body.run, dtype, device))
@@ -114,8 +114,8 @@ def _written(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | N
 
 
 def _speculate(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | None,
-               role: str) -> tuple[fx.Graph, dict[fx.Proxy, fx.Proxy]]:
-    """Dynamo's graph of the mod, and for each value it captures the caller's and its own proxy."""
+               role: str) -> tuple[fx.Graph, dict[fx.Node, fx.Proxy]]:
+    """Dynamo's graph of the mod, and for each of its nodes that is captured the caller's proxy."""
     from torch._dynamo.variables.base import VariableTracker
     from torch._dynamo.variables.higher_order_ops import discard_graph_changes, speculate_subgraph
 
@@ -130,22 +130,24 @@ def _speculate(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype |
         _, graph, lifted = speculate_subgraph(
             tx, mod, scalars, {}, description=f"flexattn: {role}", source_target=variable.value,
             set_subgraph_inputs="flatten_manual")
-    _free_floats(tx, graph, {inner.node: outer for outer, inner in lifted.items()})
-    return graph, lifted
+    outer = {inner.node: proxy for proxy, inner in lifted.items()}
+    _free_floats(tx, graph, outer)
+    return graph, outer
 
 
 def _free_floats(tx: Any, graph: fx.Graph, outer: dict[fx.Node, fx.Proxy]) -> None:
-    """A captured float that Dynamo first met in this mod is remembered as a node of the mod's
+    """A captured float that Dynamo first met in this mod is the .item() of a tensor in the mod's
     graph, where no later mod can use it: it becomes a node of the caller's."""
-    for variable in tx.output.variable_tracker_cache.values():
-        node = getattr(vars(variable).get("proxy"), "node", None)
-        if node is not None and node.graph is graph and node.target == "item":
+    known = {variable.proxy.node: variable for variable in tx.output.variable_tracker_cache.values()
+             if hasattr(vars(variable).get("proxy"), "node")}
+    for node in graph.nodes:
+        read_here = node.op == "call_method" and node.target == "item"
+        if read_here and isinstance(node.meta["example_value"], torch.SymFloat):
             read = tx.output.create_proxy("call_method", "item", (outer[node.args[0]],), {})
             read.node.meta["example_value"] = node.meta["example_value"]
-            variable.proxy = read
-
-
-_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg)
+            outer[node] = read
+            if node in known:
+                known[node].proxy = read
 
 
 class _IndexByScalars(TorchFunctionMode):
@@ -169,8 +171,8 @@ class _Body:
     """Runs Dynamo's graph of a mod on the tracer's proxies. Values that depend on none of them
     keep Dynamo's fake value, by which their proxy in the caller's graph is found again."""
 
-    def __init__(self, tx: Any, graph: fx.Graph, lifted: dict[fx.Node, fx.Proxy]) -> None:
-        self._tx, self._graph, self._outer = tx, graph, lifted
+    def __init__(self, tx: Any, graph: fx.Graph, outer: dict[fx.Node, fx.Proxy]) -> None:
+        self._tx, self._graph, self._outer = tx, graph, outer
         self._nodes: dict[int, fx.Node] = {}  # id of a fake value -> the node it is of
         self._kept: list[Any] = []
 
@@ -197,8 +199,8 @@ class _Body:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.target is operator.getitem and any(map(_is_scalar, _as_tuple(args[1]))):
             return index(self._tape, *args)  # torch would read the index's value
-        if node.target == "item" and not isinstance(node.meta["example_value"], Tensor):
-            return self._keep(node)  # a captured Python float, which Dynamo has as a tensor
+        if node in self._outer:
+            return self._keep(node)
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
         made = untraced(self._tape, str(name), args, kwargs)
         return self._keep(node) if made is None else made
@@ -214,27 +216,11 @@ class _Body:
         return self._lift(self._nodes[id(value)])
 
     def real(self, value: Any) -> fx.Proxy:
-        """The caller's proxy of a symbolic float as a float64 scalar on the CPU. Dynamo has
-        captured floats as such tensors and reads their .item(); a graph that used what was read
-        would hold for one value only."""
-        return self._as_tensor(self._nodes[id(value)])
-
-    def _as_tensor(self, node: fx.Node) -> fx.Proxy:
-        if node in self._outer:
-            node = self._outer[node].node
-        if node.op == "call_method" and node.target == "item":
-            return self._proxy(node.args[0])  # type: ignore[arg-type]
-        if node.target in _ARITHMETIC:
-            args = tuple(self._as_tensor(a) if isinstance(a, fx.Node) else a for a in node.args)
-            return self._create("call_function", node.target, args, {})
-        return self._create("call_function", torch.scalar_tensor, (self._proxy(node),),
-                            {"dtype": torch.float64})
-
-    def _proxy(self, node: fx.Node) -> fx.Proxy:
-        """Of a node of the mod or of the caller's graph, in the latter."""
-        if node.graph is self._graph:
-            return self._lift(node)
-        return fx.Proxy(node, self._tx.output.current_tracer)
+        """The caller's proxy of a symbolic float as a float64 scalar on the CPU, by an operation
+        that compilers know to do on tensors: a graph that used the number would hold for one
+        value only."""
+        one = self._create("call_function", torch.ones, ((),), {"dtype": torch.float64})
+        return self._create("call_function", torch.mul, (one, self.outer(value)), {})
 
     def _lift(self, node: fx.Node) -> fx.Proxy:
         if node not in self._outer:

@@ -59,6 +59,10 @@ class BlockMask(Listings, Pictures):
                  separate_full_blocks: bool = True) -> None:
         """proved: the blocks are those of mask_mod, which alone says what is attended."""
         self._rows, self.seq_lengths = rows, seq_lengths
+        if not torch.compiler.is_compiling():
+            for tensor in (rows.offsets, rows.start, rows.end, rows.full):
+                # Tells torch.compile that this size varies, as maybe_mark_dynamic(tensor, 0).
+                tensor._dynamo_weak_dynamic_indices = {0}  # type: ignore[attr-defined]
         self._batch, self._heads = shape
         self._mask_mod, self._proved = mask_mod, proved
         self.separate_full_blocks = separate_full_blocks
