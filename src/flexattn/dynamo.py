@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._compile import _disable_dynamo
 from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 
@@ -48,9 +49,11 @@ class _WithMods(HigherOrderOperator):
     def __name__(self, name: str) -> None:
         pass
 
+    @_disable_dynamo
     def __call__(self, name: str, like: Tensor, dtype: torch.dtype, score_mod: Callable | None,
                  mask_mod: Callable | None, *args: Any) -> Any:
-        """Without Dynamo (fake tensors, dispatch modes, export): the same operator, traced here."""
+        """Without Dynamo (fake tensors, dispatch modes, export, after a graph break): the same
+        operator, traced here."""
         nothing = Written("", (), (), ())
         score = nothing if score_mod is None else write(
             trace_score_mod(score_mod, dtype, like.device))

@@ -12,7 +12,7 @@ from flexattn import masks, mods
 from flexattn.errors import DtypeError, TraceError
 from flexattn.ir.evaluate import evaluate
 from flexattn.ir.ops import Op
-from flexattn.trace import specialize, trace_mask_mod, trace_score_mod
+from flexattn.trace import specialize, trace_mask_mod, trace_score_mod, tracer
 from tests.trace.eager import NAMES, check, random_inputs, run, same
 
 # Kinds of callables
@@ -242,6 +242,12 @@ def test_constant_results(constant):
 
 
 # Numbers
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen(monkeypatch):
+    """No number of these mods has varied in another test."""
+    monkeypatch.setattr(tracer, "_skeletons", {})
 
 
 def scaled(factor):
