@@ -43,6 +43,12 @@ class Host:
             return 512
         return 256 if {"+avx2", "+fma"} <= has else 128
 
+    @property
+    def pairs(self) -> bool:
+        """Whether it multiplies pairs of bfloat16 (and LLVM knows the type in vectors)."""
+        has = "+avx512bf16" in self.features.split(",")
+        return has and self.vector_bits == 512 and llvm.llvm_version_info[0] >= 16
+
 
 @cache
 def host() -> Host:

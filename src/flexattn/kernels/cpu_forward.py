@@ -24,7 +24,7 @@ from flexattn.kernels.cpu_dsl import Emitter, Function, Module, Value, const, i6
 from flexattn.kernels.cpu_frame import PLACE, Arguments, Frame, Place
 from flexattn.kernels.cpu_pack import emit_pack
 from flexattn.kernels.cpu_product import Left, Right, accumulators, multiply
-from flexattn.kernels.cpu_rows import emit_start, emit_store
+from flexattn.kernels.cpu_rows import emit_start, emit_store, score_factor
 from flexattn.kernels.cpu_sites import KernelMod
 from flexattn.kernels.cpu_softmax import emit_attend, emit_attend_all, emit_softmax
 
@@ -58,7 +58,7 @@ class Forward:
                  mask: KernelMod | None = None) -> None:
         self.frame, self.score, self.mask = frame, score, mask
         self.module = Module(frame.tile.vector_bits, frame.storage)
-        self.pack = emit_pack(self.module, frame.columns)
+        self.pack = emit_pack(self.module, frame.columns, frame.pairs)
 
     def emit(self) -> str:
         """The whole module; exports `forward(arguments)` and `scratch_bytes() -> i64`."""
@@ -95,9 +95,8 @@ class Forward:
             start = e.mul(panel.index, columns)
             e.call(self.pack, e.at(key, e.mul(start, stride), self.frame.word), stride, stride_d,
                    e.min(e.sub(kv_len, start), columns), i64(self.frame.head_dim),
-                   i64(self.frame.head_dim),
-                   e.at(self._packed_key(e, a, head), e.mul(start, i64(self.frame.head_dim)),
-                        self.frame.word))
+                   i64(self.frame.depth(self.frame.head_dim)),
+                   self._packed_key(e, a, head, start))
         value = e.at(a.address("value"), a.offset("value", b=b, h=h, s=keys), self.frame.word)
         stride, stride_d = a.get("value_s"), a.get("value_d")
         depth = e.mul(e.sub(last, first), columns)
@@ -117,11 +116,12 @@ class Forward:
     def _packed_head(self, e: Emitter, a: Arguments, b: Value, h: Value) -> Value:
         return e.add(e.mul(b, a.get("kv_heads")), h)
 
-    def _packed_key(self, e: Emitter, a: Arguments, head: Value) -> Value:
-        """Packed keys of a head, [panel][depth][columns]."""
-        panels = self._panels(e, a.get("kv_len"))
-        size = e.mul(panels, i64(self.frame.columns * self.frame.head_dim))
-        return e.at(a.address("packed_key"), e.mul(head, size), self.frame.word)
+    def _packed_key(self, e: Emitter, a: Arguments, head: Value, key: Value) -> Value:
+        """Packed keys of a head from a panel's first key on, [panel][depth][columns]."""
+        keys = e.mul(self._panels(e, a.get("kv_len")), i64(self.frame.columns))
+        line = i64(self.frame.depth(self.frame.head_dim))
+        at = e.mul(e.add(e.mul(head, keys), key), line)
+        return e.at(a.address("packed_key"), at, self.frame.word)
 
     def _packed_value(self, e: Emitter, a: Arguments, head: Value, panel: Value,
                       key: Value) -> Value:
@@ -134,14 +134,16 @@ class Forward:
     # One tile of queries and one of keys
 
     def _scores(self) -> Function:
-        """scores(scratch, packed keys, rows, width): s = q k^T where any row is attended."""
-        e = self.module.function("scores", ["ptr", "ptr", "i64", "i64"])
-        scratch, key, rows, width = e.params
-        depth, stride = self.frame.head_dim, self.frame.score_stride
+        """scores(scratch, packed keys, rows, width, factor): s = q k^T where any row is attended,
+        times the factor where q was not scaled."""
+        e = self.module.function("scores", ["ptr", "ptr", "i64", "i64", self.module.real])
+        scratch, key, rows, width, factor = e.params
+        depth, stride = self.frame.words(self.frame.head_dim), self.frame.score_stride
+        line, factors = self.frame.depth(self.frame.head_dim), e.splat(factor)
         q, s, first, last = (self.frame.array(e, scratch, n)
                              for n in ("query", "scores", "first", "last"))
         with e.loop(0, width, self.frame.columns) as column:
-            panel = e.at(key, e.mul(column.index, i64(depth)), self.frame.word)
+            panel = e.at(key, e.mul(column.index, i64(line)), self.frame.word)
 
             def product(row: Value, count: int) -> None:
                 after_first = e.compare("sle", e.load(first, "i64", row), column.index)
@@ -149,10 +151,11 @@ class Forward:
                 with e.if_(e.and_(after_first, before_last)):
                     acc = multiply(e, accumulators(e, count, self.frame.tile.vectors),
                                    Left(e.at(q, e.mul(row, i64(depth)), e.real), depth),
-                                   Right(panel, self.frame.columns, self.frame.storage), depth)
+                                   Right(panel, self.frame.columns, self.frame.packed), depth)
                     at = e.at(s, e.add(e.mul(row, i64(stride)), column.index), e.real)
-                    for i, line in enumerate(acc):
-                        for j, x in enumerate(line):
+                    for i, xs in enumerate(acc):
+                        for j, x in enumerate(xs):
+                            x = e.fmul(x, factors) if self.frame.pairs else x
                             e.store(x, at, i * stride + j * e.lanes)
 
             self.frame.row_panels(e, rows, product)
@@ -179,9 +182,10 @@ class Forward:
                                 for j in range(self.frame.tile.vectors)])
                 start = e.load(first, "i64", row)
                 depth = e.max(e.sub(e.load(last, "i64", row), start), i64(0))
-                left = Left(e.at(p, e.add(e.mul(row, i64(stride)), start), e.real), stride)
+                begin, depth = (self.frame.in_words(e, x) for x in (start, depth))
+                left = Left(e.at(p, e.add(e.mul(row, i64(stride)), begin), e.real), stride)
                 right = Right(e.at(v, e.mul(start, i64(columns)), self.frame.word), columns,
-                              self.frame.storage)
+                              self.frame.packed)
                 for i, line in enumerate(multiply(e, acc, left, right, depth)):
                     for j, x in enumerate(line):
                         e.store(x, at, i * columns + j * e.lanes)
@@ -205,9 +209,8 @@ class Forward:
             e.call(attend, a.pointer, scratch, *where, whole)
         with e.if_(full):
             e.call(emit_attend_all(self.module, self.frame), scratch, place.width)
-        keys = e.at(self._packed_key(e, a, head),
-                    e.mul(place.kv_start, i64(self.frame.head_dim)), self.frame.word)
-        e.call(scores, scratch, keys, place.rows, place.width)
+        e.call(scores, scratch, self._packed_key(e, a, head, place.kv_start), place.rows,
+               place.width, score_factor(e, a, self.score is not None))
         for condition, function in ((full, softmax[0]), (partial, softmax[1])):
             with e.if_(condition):
                 e.call(function, a.pointer, scratch, *where)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flexattn.kernels.cpu_dsl import Emitter, Value, byte_size, i64
+from flexattn.kernels.cpu_product import PAIRS
 from flexattn.kernels.tile_config import CpuTile
 
 LOG2_E = math.log2(math.e)
@@ -65,7 +66,7 @@ PLACE = ("i64",) * 8
 class Frame:
     """One kernel's sizes, and its scratch memory: `frame.array(e, scratch, name)`.
 
-    scores [tile_q][score_stride], query [tile_q][head_dim], out [panel][tile_q][columns]; then
+    scores [tile_q][score_stride], query [tile_q][words], out [panel][tile_q][columns]; then
     one value a row: running maximum and total, the factor that rescales out, what is subtracted
     before exp2, maximum and total of the current tile of keys, first and last column with an
     attended score (i64, whole panels, one range for each panel of rows). `attended` holds a bit
@@ -92,6 +93,27 @@ class Frame:
         return self.tile.columns(self.storage)
 
     @property
+    def pairs(self) -> bool:
+        return self.tile.pairs
+
+    @property
+    def packed(self) -> str:
+        """The storage of packed panels."""
+        return PAIRS if self.pairs else self.storage
+
+    def depth(self, dim: int) -> int:
+        """Elements of a packed line of `dim`: whole pairs."""
+        return dim + dim % 2 if self.pairs else dim
+
+    def words(self, dim: int) -> int:
+        """How many words hold `dim` elements of an operand."""
+        return self.depth(dim) // 2 if self.pairs else dim
+
+    def in_words(self, e: Emitter, elements: Value) -> Value:
+        """An even number of elements in words of an operand."""
+        return e.op("lshr", elements, i64(1)) if self.pairs else elements
+
+    @property
     def value_panels(self) -> int:
         return -(-self.value_dim // self.columns)
 
@@ -109,7 +131,7 @@ class Frame:
         row_arrays = ("maximum", "total", "rescale", "base", "tile_maximum", "tile_total")
         return {
             "scores": rows * self.score_stride * real,
-            "query": rows * self.head_dim * real,
+            "query": rows * self.words(self.head_dim) * real,
             "out": self.value_panels * self.out_panel * real,
             **dict.fromkeys(row_arrays, rows * real),
             **dict.fromkeys(("first", "last"), rows * 8),

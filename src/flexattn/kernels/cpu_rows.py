@@ -11,22 +11,24 @@ from collections.abc import Sequence
 
 from flexattn.kernels.cpu_dsl import NULL, Emitter, Function, Module, Value, const, i64
 from flexattn.kernels.cpu_frame import LN_2, LOG2_E, Arguments, Frame
+from flexattn.kernels.cpu_pack import emit_copy_rows
 
 ROWS = ("ptr", "ptr", "i64", "i64", "i64", "i64")  # arguments, scratch, b, h, q_start, rows
 
 
 def emit_start(module: Module, frame: Frame, names: Sequence[str], modded: bool) -> Function:
-    """start(ROWS): the queries times scale, times log2(e) too where no score mod comes between;
-    zeros below; empty statistics and output."""
-    load_query = _emit_load_query(module, frame)
+    """start(ROWS): the queries times scale, times log2(e) too where no score mod comes between
+    (as they are where the scores are scaled instead); zeros below; empty statistics and output."""
+    if frame.pairs:
+        load_query = emit_copy_rows(module, "load_query", frame.head_dim,
+                                    frame.depth(frame.head_dim))
+    else:
+        load_query = _emit_load_query(module, frame)
     e = module.function("start", ROWS)
     a, (scratch, b, h, q_start, rows) = Arguments(e, e.params[0], names), e.params[1:]
-    factor = a.get("scale", "double")
-    if not modded:
-        factor = e.fmul(factor, const("double", LOG2_E))
-    factor = factor if e.real == "double" else e.cast("fptrunc", factor, e.real)
+    last = i64(frame.tile.tile_q) if frame.pairs else score_factor(e, a, modded)
     query = e.at(a.address("query"), a.offset("query", b=b, h=h, s=q_start), frame.word)
-    e.call(load_query, query, a.get("query_s"), a.get("query_d"), rows, factor,
+    e.call(load_query, query, a.get("query_s"), a.get("query_d"), rows, last,
            frame.array(e, scratch, "query"))
     tile_q = frame.tile.tile_q
     for name, count, value in (("maximum", tile_q, -math.inf), ("total", tile_q, 0.0),
@@ -36,6 +38,14 @@ def emit_start(module: Module, frame: Frame, names: Sequence[str], modded: bool)
             e.store(e.number(value), array, at.index)
     e.ret()
     return e.function
+
+
+def score_factor(e: Emitter, a: Arguments, modded: bool) -> Value:
+    """scale, times log2(e) where no score mod comes between."""
+    factor = a.get("scale", "double")
+    if not modded:
+        factor = e.fmul(factor, const("double", LOG2_E))
+    return factor if e.real == "double" else e.cast("fptrunc", factor, e.real)
 
 
 def _emit_load_query(module: Module, frame: Frame) -> Function:

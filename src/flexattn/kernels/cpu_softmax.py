@@ -219,12 +219,17 @@ def _rescale(e: Emitter, frame: Frame, scratch: Value, group: Value) -> Value:
 
 def _exponentiate(e: Emitter, frame: Frame, s: Value, base: Value,
                   span: tuple[Value, Value]) -> Value:
-    """s = 2^(s - base) in place; the sum."""
+    """s = 2^(s - base) in place (as bfloat16, closer together, where pairs are multiplied); the
+    sum."""
     with e.loop(*span, frame.columns, [e.number(0.0)] * frame.tile.vectors) as loop:
         at, totals = e.at(s, loop.index, e.real), []
         for j, total in enumerate(loop.values):
             p = e.exp2(e.fsub(e.load(at, e.vector, j * e.lanes), base))
-            e.store(p, at, j * e.lanes)
+            if frame.pairs:
+                e.store(e.cast("fptrunc", p, e.vec("bfloat")), s,
+                        e.add(loop.index, i64(j * e.lanes)))
+            else:
+                e.store(p, at, j * e.lanes)
             totals.append(e.fadd(total, p))
         loop.next = totals
     return _fold(e, loop.values, e.fadd)

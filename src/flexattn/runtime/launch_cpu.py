@@ -64,7 +64,8 @@ _FORWARD = struct.Struct(f"{len(cpu_forward.ARGUMENTS) - 1}qd")
 
 def _emit_forward(storage: str, head_dim: int, value_dim: int, score: KernelMod | None,
                   mask: KernelMod | None) -> tuple[Frame, Callable[[], str]]:
-    tile = cpu_tile(storage, head_dim, value_dim, compile.host().vector_bits)
+    host = compile.host()
+    tile = cpu_tile(storage, head_dim, value_dim, host.vector_bits, host.pairs)
     frame = Frame(storage, head_dim, value_dim, tile)
     return frame, lambda: cpu_forward.Forward(frame, score, mask).emit()
 
@@ -82,7 +83,7 @@ def _run_forward(call: Call, out: Tensor, lse: Tensor | None, max_scores: Tensor
     panels = -(-kv_len // frame.columns)
     line = kv_batch * kv_heads * panels * frame.columns * q.element_size()
     counters = 8 * (cpu_forward.COUNTER_WORDS + cpu_forward.FLAG_WORDS * kv_batch * kv_heads)
-    memory = Memory(counters, team * scratch, line * head_dim,
+    memory = Memory(counters, team * scratch, line * frame.depth(head_dim),
                     line * frame.value_panels * frame.columns)
     memory.clear(0, counters)
     tables = Tables(call.score, call.mask)
