@@ -41,10 +41,11 @@ def test_mods_and_masks(rng, passes, dtype):
         check_gradients(*tensors(some_sizes(rng, (32, 32)), dtype), make, causal, slack=2)
 
 
-def test_every_small_length(rng, passes):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_small_length(rng, passes, dtype):
     for length in range(1, 140, 9):
         kv_len = int(rng.integers(1, 300))
-        check_gradients(*tensors((1, 1, 2, length, kv_len, 32, 32)), None, causal)
+        check_gradients(*tensors((1, 1, 2, length, kv_len, 32, 32), dtype), None, causal)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -89,11 +90,12 @@ def test_block_sizes(rng, passes, block):
                     lambda b, h, q, kv: (q >= kv) & (q - kv < window), block=block)
 
 
-def test_masks_by_batch_and_head(rng, passes):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_by_batch_and_head(rng, passes, dtype):
     keep = torch.rand(2, 4, 150, 170) < 0.3
     keep[0, 1, 17:40] = False
     keep[1, :, :, 64:128] = False
-    got = check_gradients(*tensors((2, 2, 2, 150, 170, 64, 64)), None,
+    got = check_gradients(*tensors((2, 2, 2, 150, 170, 64, 64), dtype), None,
                           lambda b, h, q, kv: keep[b, h, q, kv], block=64)
     assert (got.query[0, 1, 17:40] == 0).all()
     assert (got.key[1, :, 64:128] == 0).all() and (got.value[1, :, 64:128] == 0).all()
@@ -171,23 +173,26 @@ def test_memory(set_threads, dtype, heads):
 def test_other_vector_widths(passes, monkeypatch, bits, dtype):
     """The kernel of other machines, as this one's instructions can run it."""
     monkeypatch.setattr(compile.Host, "vector_bits", bits)
+    monkeypatch.setattr(compile.Host, "pairs", False)
     monkeypatch.setattr(launch_cpu_backward, "_plans", {})
     check_gradients(*tensors((1, 2, 1, 100, 150, 40, 40), dtype), lambda: alibi, causal, slack=2)
 
 
-@pytest.mark.parametrize("host, bits", [
-    (compile.Host("aarch64-unknown-linux-gnu", "neoverse-v1", ""), 128),
-    (compile.Host("x86_64-unknown-linux-gnu", "haswell", ""), 256),
-    (compile.Host("x86_64-unknown-linux-gnu", "sapphirerapids", ""), 512),
+@pytest.mark.parametrize("host, bits, storage, product", [
+    (compile.Host("aarch64-unknown-linux-gnu", "neoverse-v1", ""), 128, "float32", "fmla"),
+    (compile.Host("x86_64-unknown-linux-gnu", "haswell", ""), 256, "float32", "vfmadd"),
+    (compile.Host("x86_64-unknown-linux-gnu", "sapphirerapids", ""), 512, "float32", "vfmadd"),
+    (compile.Host("x86_64-unknown-linux-gnu", "sapphirerapids", ""), 512, "bfloat16",
+     "vdpbf16ps"),
 ], ids=lambda x: getattr(x, "cpu", str(x)))
-def test_cross_compiled_products_stay_in_registers(host, bits):
+def test_cross_compiled_products_stay_in_registers(host, bits, storage, product):
     """No accumulator of a product is spilt to the stack, on machines not at hand."""
-    frame = BackwardFrame("float32", 64, 64, cpu_backward_tile("float32", 64, 64, bits))
-    text = compile.assembly(Backward(frame).emit(), host)
+    tile = cpu_backward_tile(storage, 64, 64, bits, product == "vdpbf16ps")
+    text = compile.assembly(Backward(BackwardFrame(storage, 64, 64, tile)).emit(), host)
     stack = {"aarch64": r"(str|ldr|stp|ldp)\s+q\d+.*\[sp",
              "x86_64": r"[yz]mm\d+.*rsp|rsp.*[yz]mm\d+"}[host.triple.split("-")[0]]
     for name in ("scores", "d_p", "d_value", "d_key", "d_query"):
-        product = text[text.index(f"\n{name}:"):]
-        product = product[:product.index("\n.Lfunc_end")]
-        assert not re.search(stack, product), name
-        assert "fmla" in product or "vfmadd" in product
+        body = text[text.index(f"\n{name}:"):]
+        body = body[:body.index("\n.Lfunc_end")]
+        assert not re.search(stack, body), name
+        assert product in body

@@ -10,7 +10,10 @@ import torch
 
 from flexattn import compile
 from flexattn.errors import IndexOutOfRangeError
-from flexattn.runtime import cpu_call, launch_cpu
+from flexattn.kernels.cpu_forward import Forward
+from flexattn.kernels.cpu_frame import Frame
+from flexattn.kernels.tile_config import cpu_tile
+from flexattn.runtime import cpu_call
 from tests.kernels.cpu_attend import alibi, attend, causal, check, close, softcap, tensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,10 +40,11 @@ def test_mods_and_masks(rng, dtype):
         check(*tensors(some_sizes(rng, (32, 32)), dtype), score_mod, causal, slack=4)
 
 
-def test_every_small_length(rng):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_small_length(rng, dtype):
     for length in range(9, 140, 7):
         kv_len = int(rng.integers(1, 300))
-        check(*tensors((1, 1, 1, length, kv_len, 64, 64)), None, causal)
+        check(*tensors((1, 1, 1, length, kv_len, 64, 64), dtype), None, causal)
 
 
 def strided(x, layout):
@@ -91,11 +95,12 @@ def test_block_sizes(rng, block):
           lambda b, h, q, kv: (q >= kv) & (q - kv < window), block=block)
 
 
-def test_masks_by_batch_and_head(rng):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_masks_by_batch_and_head(rng, dtype):
     keep = torch.rand(2, 4, 150, 170) < 0.3
     keep[0, 1, 17:40] = False
     keep[1, :, :, 64:128] = False
-    result = check(*tensors((2, 2, 2, 150, 170, 64, 64)), None,
+    result = check(*tensors((2, 2, 2, 150, 170, 64, 64), dtype), None,
                    lambda b, h, q, kv: keep[b, h, q, kv], block=64)
     assert (result.out[0, 1, 17:40] == 0).all() and (result.lse[0, 1, 17:40] == -math.inf).all()
 
@@ -194,21 +199,26 @@ def test_memory(rng, set_threads, dtype):
 def test_other_vector_widths(rng, monkeypatch, bits, dtype):
     """The kernel of other machines, as this one's instructions can run it."""
     monkeypatch.setattr(compile.Host, "vector_bits", bits)
+    monkeypatch.setattr(compile.Host, "pairs", False)
     monkeypatch.setattr(cpu_call, "_plans", {})
     check(*tensors((1, 2, 1, 100, 150, 40, 40), dtype), alibi, causal, slack=4)
 
 
-@pytest.mark.parametrize("host, bits", [
-    (compile.Host("aarch64-unknown-linux-gnu", "neoverse-v1", ""), 128),
-    (compile.Host("x86_64-unknown-linux-gnu", "sapphirerapids", ""), 512),
+@pytest.mark.parametrize("host, bits, storage, product", [
+    (compile.Host("aarch64-unknown-linux-gnu", "neoverse-v1", ""), 128, "float32", "fmla"),
+    (compile.Host("x86_64-unknown-linux-gnu", "haswell", ""), 256, "float32", "vfmadd"),
+    (compile.Host("x86_64-unknown-linux-gnu", "sapphirerapids", ""), 512, "float32", "vfmadd"),
+    (compile.Host("x86_64-unknown-linux-gnu", "sapphirerapids", ""), 512, "bfloat16",
+     "vdpbf16ps"),
 ], ids=lambda x: getattr(x, "cpu", str(x)))
-def test_cross_compiled_products_stay_in_registers(host, bits, monkeypatch):
-    """No accumulator of the product is spilt to the stack, on machines not at hand."""
-    monkeypatch.setattr(compile.Host, "vector_bits", bits)
-    _, build = launch_cpu._emit_forward("float32", 64, 64, None, None)
-    text = compile.assembly(build(), host)
-    product = text[text.index("\nscores:"):]
-    product = product[:product.index("\n.Lfunc_end")]
-    stack = {"aarch64": r"(str|ldr|stp|ldp)\s+q\d+.*\[sp", "x86_64": r"zmm\d+.*rsp|rsp.*zmm\d+"}
-    assert not re.search(stack[host.triple.split("-")[0]], product)
-    assert "fmla" in product or "vfmadd" in product
+def test_cross_compiled_products_stay_in_registers(host, bits, storage, product):
+    """No accumulator of a product is spilt to the stack, on machines not at hand."""
+    frame = Frame(storage, 64, 64, cpu_tile(storage, 64, 64, bits, product == "vdpbf16ps"))
+    text = compile.assembly(Forward(frame).emit(), host)
+    stack = {"aarch64": r"(str|ldr|stp|ldp)\s+q\d+.*\[sp",
+             "x86_64": r"[yz]mm\d+.*rsp|rsp.*[yz]mm\d+"}[host.triple.split("-")[0]]
+    for name in ("scores", "values"):
+        body = text[text.index(f"\n{name}:"):]
+        body = body[:body.index("\n.Lfunc_end")]
+        assert not re.search(stack, body), name
+        assert product in body

@@ -36,13 +36,16 @@ from flexattn.kernels.cpu_backward_tiles import (
     emit_by_queries,
     emit_clear,
     emit_load_lines,
+    emit_load_pairs,
     emit_outer,
+    emit_pairs,
     emit_spans,
     emit_store_lines,
 )
 from flexattn.kernels.cpu_dsl import NULL, Emitter, Function, Module, Value, const, i64
 from flexattn.kernels.cpu_frame import LN_2, LOG2_E, PLACE, Arguments, Place
-from flexattn.kernels.cpu_pack import emit_pack
+from flexattn.kernels.cpu_pack import emit_copy_rows, emit_pack
+from flexattn.kernels.cpu_rows import score_factor
 from flexattn.kernels.cpu_sites import KernelGradient, KernelMod
 from flexattn.kernels.cpu_slopes import Slopes
 from flexattn.kernels.cpu_softmax import emit_attend, emit_attend_all
@@ -73,18 +76,23 @@ class Backward:
         self._attend, arrays = emit_attend(module, frame, ARGUMENTS, self.mask)
         self._attend_all = emit_attend_all(module, frame)
         self._spans = emit_spans(module, frame)
-        self._pack = emit_pack(module, frame.columns)
+        self._pack = emit_pack(module, frame.columns, frame.pairs)
         self._clear = emit_clear(module)
-        self._load = {dim: emit_load_lines(module, frame, f"load_{dim}", dim)
+        if frame.pairs:
+            self._pairs = emit_pairs(module, frame)
+            self._copy = {dim: emit_copy_rows(module, f"copy_{dim}", dim, 2 * frame.row_words(dim))
+                          for dim in {q_dim, v_dim}}
+        emit_load = emit_load_pairs if frame.pairs else emit_load_lines
+        self._load = {dim: emit_load(module, frame, f"load_{dim}", dim)
                       for dim in {q_dim, v_dim}}
         self._store = {dim: emit_store_lines(module, frame, f"store_{dim}", dim)
                        for dim in {q_dim, v_dim}}
         self._add = emit_add_lines(module, frame, q_dim)
         self._outer = (emit_outer(module, frame, "scores", q_dim, "query", "key_panels", "scores"),
                        emit_outer(module, frame, "d_p", v_dim, "d_out", "value_panels", "slopes"))
-        self._by_keys = (emit_by_keys(module, frame, "d_value", v_dim, "scores", "d_out",
-                                      "d_value"),
-                         emit_by_keys(module, frame, "d_key", q_dim, "slopes", "query", "d_key"))
+        p, d_out, d_s, query = frame.summed_over_rows
+        self._by_keys = (emit_by_keys(module, frame, "d_value", v_dim, p, d_out, "d_value"),
+                         emit_by_keys(module, frame, "d_key", q_dim, d_s, query, "d_key"))
         self._by_queries = emit_by_queries(module, frame)
         self._slopes: dict[tuple[bool, bool], Function] = {}
         accumulates = self.score is not None and self.score.accumulates
@@ -100,27 +108,32 @@ class Backward:
     def _real(self, e: Emitter, x: Value) -> Value:
         return x if e.real == "double" else e.cast("fptrunc", x, e.real)
 
-    def _score_factor(self, e: Emitter, a: Arguments) -> Value:
-        """Of queries: scale, and log2(e) where no score mod comes between."""
-        scale = a.get("scale", "double")
-        if self.score is None:
-            scale = e.fmul(scale, const("double", LOG2_E))
-        return self._real(e, scale)
+    def _late_scale(self, e: Emitter, a: Arguments) -> Value:
+        """The scale of d_query, where that of the keys could not hold it."""
+        return self._real(e, a.get("scale", "double")) if self.frame.pairs else e.scalar(1.0)
 
     def _load_queries(self, e: Emitter, a: Arguments, scratch: Value, b: Value, h: Value,
                       q_start: Value, rows: Value) -> None:
-        """Lines of the query, scaled, and of d_out."""
+        """Lines of the query, scaled where it is no pairs, and of d_out."""
+        frame = self.frame
         for tensor, dim, stride_d, factor in (
-                ("query", self.frame.head_dim, a.get("query_d"), self._score_factor(e, a)),
-                ("d_out", self.frame.value_dim, i64(1), e.scalar(1.0))):
-            source = e.at(a.address(tensor), a.offset(tensor, b=b, h=h, s=q_start),
-                          self.frame.word)
-            e.call(self._load[dim], source, a.get(f"{tensor}_s"), stride_d, rows, factor,
-                   self.frame.array(e, scratch, tensor))
+                ("query", frame.head_dim, a.get("query_d"),
+                 score_factor(e, a, self.score is not None)),
+                ("d_out", frame.value_dim, i64(1), e.scalar(1.0))):
+            source = e.at(a.address(tensor), a.offset(tensor, b=b, h=h, s=q_start), frame.word)
+            rest = a.get(f"{tensor}_s"), stride_d, rows
+            lines = frame.array(e, scratch, tensor)
+            if frame.pairs:
+                end = e.and_(e.add(rows, i64(frame.multiple - 1)), i64(-frame.multiple))
+                e.call(self._copy[dim], source, *rest, end, lines)
+                e.call(self._load[dim], source, *rest, end,
+                       frame.array(e, scratch, f"{tensor}_pairs"))
+            else:
+                e.call(self._load[dim], source, *rest, factor, lines)
 
     def _load_keys(self, e: Emitter, a: Arguments, scratch: Value, head: tuple[Value, Value],
                    start: Value, count: Value, width: Value) -> None:
-        """Panels of keys and values; lines of the keys, scaled."""
+        """Panels of keys and values; lines of the keys, scaled where they are no pairs."""
         frame = self.frame
         for tensor, dim in (("key", frame.head_dim), ("value", frame.value_dim)):
             source = e.at(a.address(tensor), a.offset(tensor, b=head[0], h=head[1], s=start),
@@ -130,9 +143,12 @@ class Backward:
             with e.loop(0, width, frame.columns) as column:
                 e.call(self._pack, e.at(source, e.mul(column.index, stride), frame.word), stride,
                        stride_d, e.min(e.sub(count, column.index), i64(frame.columns)), i64(dim),
-                       i64(dim), e.at(panels, e.mul(column.index, i64(dim)), frame.word))
-            if tensor == "key":
-                lines = frame.array(e, scratch, "keys")
+                       i64(frame.depth(dim)),
+                       e.at(panels, e.mul(column.index, i64(frame.depth(dim))), frame.word))
+            lines = frame.array(e, scratch, "keys")
+            if tensor == "key" and frame.pairs:
+                e.call(self._load[dim], source, stride, stride_d, count, width, lines)
+            elif tensor == "key":
                 e.call(self._load[dim], source, stride, stride_d, count,
                        self._real(e, a.get("scale", "double")), lines)
                 rest = e.at(lines, e.mul(count, i64(frame.line(dim))), e.real)
@@ -155,8 +171,9 @@ class Backward:
             return []
 
         e.if_else(full, attend_all, attend)
-        for outer in self._outer:
-            e.call(outer, scratch, place.rows, place.width)
+        factors = score_factor(e, a, self.score is not None), e.scalar(1.0)
+        for outer, factor in zip(self._outer, factors, strict=True):
+            e.call(outer, scratch, place.rows, place.width, factor)
         wanted = e.compare("ne", a.get(accumulate), i64(0))
         partial = e.op("xor", full, const("i1", True))
         for (masked, accumulates), function in self._slopes.items():
@@ -166,6 +183,8 @@ class Backward:
                 condition = e.and_(condition, chosen)
             with e.if_(condition):
                 e.call(function, a.pointer, scratch, gradients, *where)
+        if self.frame.pairs:
+            e.call(self._pairs, scratch, place.rows, place.width)
 
     # By columns: one tile of keys
 
@@ -185,7 +204,7 @@ class Backward:
             e.call(self._clear, lines, e.mul(place.rows, i64(self.frame.line(dim))))
             e.call(self._by_queries, scratch, place.rows)
             at = e.add(a.offset("total", b=place.b, h=place.h), e.mul(place.q_start, i64(dim)))
-            e.call(self._add, lines, place.rows, e.at(total, at, e.real))
+            e.call(self._add, lines, place.rows, self._late_scale(e, a), e.at(total, at, e.real))
         e.ret()
         return e.function
 
@@ -246,12 +265,14 @@ class Backward:
         """d_key and d_value of a tile; d_key is of queries that were scaled."""
         head = e.add(e.mul(kv_b, a.get("kv_heads")), kv_h)
         line = e.add(e.mul(head, a.get("kv_len")), start)
-        unscaled = 1.0 if self.score is not None else LN_2
+        unscaled = e.scalar(1.0 if self.score is not None else LN_2)
+        if self.frame.pairs:
+            unscaled = self._late_scale(e, a)
         for name, dim, factor in (("d_key", self.frame.head_dim, unscaled),
-                                  ("d_value", self.frame.value_dim, 1.0)):
+                                  ("d_value", self.frame.value_dim, e.scalar(1.0))):
             target = e.at(a.address(name), e.mul(line, i64(dim)), self.frame.word)
             e.call(self._store[dim], self.frame.array(e, scratch, name),
-                   i64(self.frame.line(dim)), count, e.scalar(factor), target)
+                   i64(self.frame.line(dim)), count, factor, target)
 
     def _by_columns(self, tile: Function) -> None:
         """by_columns(arguments)."""
@@ -326,7 +347,8 @@ class Backward:
             self._each_run(e, a, "row", line, a.get("kv_len"), self.frame.tile.tile_kv, one)
             target = e.at(a.address("d_query"),
                           e.mul(_query_line(e, a, b, h, q_start), i64(dim)), self.frame.word)
-            e.call(self._store[dim], lines, i64(self.frame.line(dim)), rows, e.scalar(1.0), target)
+            e.call(self._store[dim], lines, i64(self.frame.line(dim)), rows,
+                   self._late_scale(e, a), target)
         e.ret()
         return e.function
 

@@ -50,7 +50,27 @@ class BackwardFrame(Frame):
     [tile_q][line] and keys, d_key, d_value [tile_kv][line] are lines in the type computed in;
     key_panels and value_panels are packed. first, last: columns of a panel of rows with an
     attended score; row_first, row_last: rows of a panel of columns.
+
+    Where bfloat16 is multiplied in pairs, query and d_out [tile_q][row_words] are as they came,
+    p becomes [tile_q / 2][score_stride] words of two rows, d s [tile_q][score_stride] words of two
+    columns, and slope_pairs, query_pairs, d_out_pairs, keys are words of two rows.
     """
+
+    @property
+    def multiple(self) -> int:
+        """Rows up to the next multiple are zero, for what `multiply` asks of a depth."""
+        return 8 if self.pairs else 4
+
+    def row_words(self, dim: int) -> int:
+        """Words from one row of a left operand to the next."""
+        return self.words(dim) + 16 if self.pairs else self.line(dim)
+
+    @property
+    def summed_over_rows(self) -> tuple[str, str, str, str]:
+        """Where p, d_out, d s and query are, as operands of a product along rows."""
+        if self.pairs:
+            return "scores", "d_out_pairs", "slope_pairs", "query_pairs"
+        return "scores", "d_out", "slopes", "query"
 
     def line(self, dim: int) -> int:
         """Elements from one line to the next: whole panels, and a cache line more so that lines
@@ -61,15 +81,18 @@ class BackwardFrame(Frame):
     def _sizes(self) -> dict[str, int]:
         rows, keys, real = self.tile.tile_q, self.tile.tile_kv, byte_size(self.real)
         q_line, v_line = (self.line(dim) * real for dim in (self.head_dim, self.value_dim))
+        paired = {"slope_pairs": rows // 2 * self.score_stride * real,
+                  "query_pairs": rows // 2 * q_line, "d_out_pairs": rows // 2 * v_line}
         return {
             "scores": rows * self.score_stride * real,
             "slopes": rows * self.score_stride * real,
-            "query": rows * q_line,
-            "d_out": rows * v_line,
+            "query": rows * self.row_words(self.head_dim) * real,
+            "d_out": rows * self.row_words(self.value_dim) * real,
+            **(paired if self.pairs else {}),
             "d_query": (rows + self.tile.rows) * q_line,
             "keys": keys * q_line,
-            "key_panels": keys * self.head_dim * real,
-            "value_panels": keys * self.value_dim * real,
+            "key_panels": keys * self.depth(self.head_dim) * real,
+            "value_panels": keys * self.depth(self.value_dim) * real,
             "d_key": keys * q_line,
             "d_value": keys * v_line,
             **dict.fromkeys(("first", "last"), rows * 8),

@@ -36,8 +36,8 @@ class Value:
 
 
 STORAGE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-_BYTES = {"i1": 1, "i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8, "double": 8,
-          "ptr": 8}
+_BYTES = {"i1": 1, "i8": 1, "i16": 2, "half": 2, "bfloat": 2, "i32": 4, "float": 4, "i64": 8,
+          "double": 8, "ptr": 8}
 
 
 def element(type: str) -> str:

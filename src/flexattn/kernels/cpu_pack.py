@@ -12,7 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexattn.kernels.cpu_dsl import Emitter, Function, Module, Value, const, i64, lanes_of, vector_type
+from flexattn.kernels.cpu_dsl import (
+    Emitter,
+    Function,
+    Module,
+    Value,
+    const,
+    i64,
+    lanes_of,
+    vector_type,
+)
 
 WORD = {"float32": "i32", "bfloat16": "i16", "float16": "i16", "float64": "i64"}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flexattn.kernels.cpu_backward_frame import ARGUMENTS, BackwardFrame
-from flexattn.kernels.cpu_backward_tiles import MULTIPLE
 from flexattn.kernels.cpu_dsl import Function, Module, Value, const, i64
 from flexattn.kernels.cpu_frame import LOG2_E, PLACE, Arguments, Place
 from flexattn.kernels.cpu_sites import ColumnSite, GradientSite, KernelGradient, VectorSite
@@ -51,7 +50,8 @@ class Slopes:
                 self._clear(p, d_p, start, end)
             self._one_row(row.index, p, d_p, (first, last),
                           *(e.splat(e.load(x, e.real, row.index)) for x in (lse, delta)))
-        end = e.and_(e.add(place.rows, i64(MULTIPLE - 1)), i64(-MULTIPLE))
+        multiple = self.frame.multiple
+        end = e.and_(e.add(place.rows, i64(multiple - 1)), i64(-multiple))
         with e.loop(place.rows, end) as row:
             self._clear(self._row("scores", row.index), self._row("slopes", row.index), i64(0),
                         place.width)

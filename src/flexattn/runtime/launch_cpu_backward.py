@@ -82,7 +82,8 @@ def _plan(call: Call) -> Plan:
 
 def _compile(storage: str, head_dim: int, value_dim: int,
              graphs: tuple[Graph | None, Graph | None], bound: int) -> Plan:
-    tile = cpu_backward_tile(storage, head_dim, value_dim, compile.host().vector_bits)
+    host = compile.host()
+    tile = cpu_backward_tile(storage, head_dim, value_dim, host.vector_bits, host.pairs)
     frame = BackwardFrame(storage, head_dim, value_dim, tile)
     score, mask = graphs
     derived = None if score is None else gradient(score)
