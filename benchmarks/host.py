@@ -62,6 +62,7 @@ def fresh_process(script: str, cache: Path) -> str:
     """What the script prints, run in a new interpreter whose disk caches live in `cache`."""
     env = os.environ | {"FLEXATTN_CACHE_DIR": str(cache / "flexattn"),
                         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+                        "TRITON_CACHE_DIR": str(cache / "triton"),
                         "MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives freed tensors back
     done = subprocess.run([sys.executable, "-c", script], env=env, cwd=ROOT, text=True,
                           capture_output=True)

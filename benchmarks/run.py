@@ -1,7 +1,8 @@
 """`python -m benchmarks.run --suite cpu`: runs a suite, prints its tables, writes its CSVs.
 
-A suite is a module with SECTIONS: name -> function(options) -> rows. `--sections`, `--cases` and
-the like choose parts; a partial run writes only the sections it ran.
+A suite is a module with SECTIONS: name -> function(options) -> rows, and with CASES, PROVIDERS and
+DEVICE where they are not those of the CPU. `--sections`, `--cases` and the like choose parts; a
+partial run writes only the sections it ran.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import importlib
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -19,6 +21,7 @@ from benchmarks.providers import PROVIDERS
 
 SUITES = {
     "cpu": "benchmarks.cpu",
+    "gpu": "benchmarks.gpu",
     "models": "benchmarks.models",
 }
 
@@ -27,17 +30,32 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
     parser.add_argument("--sections", nargs="+", default=[], help="default: all of the suite")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--providers", nargs="+", choices=list(PROVIDERS),
-                        default=["ours", "torch_flex", "sdpa"])
+    parser.add_argument("--cases", nargs="+", default=[], help="default: all of the suite")
+    parser.add_argument("--providers", nargs="+", default=[], help="default: those of the suite")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu", help="whose name the results carry")
+    parser.add_argument("--device", default="", help="whose name the results carry")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
     return parser
+
+
+def _complete(parser: argparse.ArgumentParser, options: argparse.Namespace,
+              suite: ModuleType) -> None:
+    """Checks names, and sets what depends on the suite."""
+    options.device = options.device or getattr(suite, "DEVICE", "cpu")
+    of_cpu = not hasattr(suite, "DEVICE")
+    known = {"sections": suite.SECTIONS, "cases": CASES if of_cpu else suite.CASES,
+             "providers": PROVIDERS if of_cpu else suite.PROVIDERS}
+    for name, choices in known.items():
+        unknown = set(getattr(options, name)) - set(choices)
+        if unknown:
+            parser.error(f"--{name}: {', '.join(sorted(unknown))} not in {', '.join(choices)}")
+    if of_cpu:
+        options.cases = options.cases or list(CASES)
+        options.providers = options.providers or ["ours", "torch_flex", "sdpa"]
 
 
 def main(words: list[str] | None = None) -> None:
@@ -45,10 +63,9 @@ def main(words: list[str] | None = None) -> None:
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    sections = importlib.import_module(SUITES[options.suite]).SECTIONS
-    unknown = set(options.sections) - set(sections)
-    if unknown:
-        parser.error(f"--sections: {', '.join(sorted(unknown))} not in {', '.join(sections)}")
+    suite = importlib.import_module(SUITES[options.suite])
+    sections = suite.SECTIONS
+    _complete(parser, options, suite)
     for key, value in report.origin(options.device).items():
         print(f"{key}: {value}")
     for name in options.sections or sections:

@@ -1,0 +1,221 @@
+"""The GPU suite: `python -m benchmarks.run --suite gpu`, ours and every peer in the same rounds.
+
+In: the options of benchmarks.run; --sections and --cases choose, so that a part fits a short
+lease. Out: rows, a generator for each section; a rate is that of attended work. Peers that cannot
+run a case are named on stderr and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import gpu_cases, gpu_host, gpu_memory, providers
+from benchmarks.cases import Attention, Case
+from benchmarks.gpu_cases import CASES, GpuCase, HeadShape
+from benchmarks.gpu_measure import interleaved
+from benchmarks.measure import Times
+from benchmarks.report import Row
+
+DEVICE = "cuda"
+TOKENS, COLUMNS = 16384, 2048  # batch x length, heads x head_dim of the tables of shapes
+MODS = ("noop", "causal", "alibi_causal", "softcap", "table", "sliding", "documents")
+DECODE = ((1, 32, 8, 131072, 128), (16, 32, 8, 8192, 128), (64, 32, 8, 4096, 128),
+          (8, 16, 16, 16384, 64))  # batch, heads, kv_heads, kv_len, head_dim
+
+Makers = dict[str, Callable[[], Callable[[], object]]]
+
+
+def _backend(case: Case, backward: bool, which: SDPBackend) -> Attention | None:
+    if not (isinstance(case, GpuCase) and case.kernels):
+        return None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(which):
+            return case.sdpa(q, k, v)
+    return run
+
+
+def _written_out(case: Case, backward: bool) -> Attention | None:
+    """What SDPA's users write: a mask tensor, or eager attention."""
+    own = isinstance(case, GpuCase) and not case.kernels and case.peer
+    return case.sdpa if own else None
+
+
+PROVIDERS: dict[str, providers.Provider] = {
+    "ours": providers.ours,
+    "torch_flex": providers.torch_flex_compiled,
+    "cudnn": partial(_backend, which=SDPBackend.CUDNN_ATTENTION),
+    "flash2": partial(_backend, which=SDPBackend.FLASH_ATTENTION),
+    "written_out": _written_out,
+}
+
+
+def mods(options: argparse.Namespace, head_dim: int) -> Iterator[Row]:
+    """B=2, S=8192 of every mod, forward and backward."""
+    shape = HeadShape(2, COLUMNS // head_dim, COLUMNS // head_dim, 8192, 8192, head_dim,
+                      torch.bfloat16)
+    for name in options.cases or MODS:
+        yield from both_ways(CASES[name](shape), options)
+
+
+def plain(options: argparse.Namespace) -> Iterator[Row]:
+    """Twelve rows without a mod, against the libraries' kernels."""
+    for head_dim in options.head_dims:
+        for length in (2048, 8192, 16384):
+            heads = COLUMNS // head_dim
+            shape = HeadShape(TOKENS // length, heads, heads, length, length, head_dim,
+                              torch.bfloat16)
+            for make in (gpu_cases.noop, gpu_cases.causal):
+                yield from both_ways(make(shape), options, ("ours", "cudnn", "flash2"))
+
+
+def decode(options: argparse.Namespace) -> Iterator[Row]:
+    """One query against a long cache. The rate counts the bytes of key and value once. Softcap has
+    its own row of ours, and the peers of plain attention beside it."""
+    for batch, heads, kv_heads, length, head_dim in DECODE:
+        shape = HeadShape(batch, heads, kv_heads, 1, length, head_dim, torch.bfloat16)
+        yield from _compare(gpu_cases.noop(shape), options, PROVIDERS, backward=False, read=True)
+        yield from _compare(gpu_cases.softcap(shape), options, ("ours", "torch_flex"),
+                            backward=False, read=True)
+
+
+def corners(options: argparse.Namespace) -> Iterator[Row]:
+    """Head dims, dtypes and lengths off the beaten track, all causal."""
+    half, peers = torch.bfloat16, ("ours", "torch_flex", "cudnn", "flash2")
+    shapes = [HeadShape(4, 8, 8, 4096, 4096, 256, half), HeadShape(4, 16, 16, 4096, 4096, 96, half),
+              HeadShape(2, 16, 16, 4096, 4096, 192, half, value_dim=128),
+              HeadShape(1, 16, 1, 4096, 4096, 576, half, value_dim=512),
+              HeadShape(4, 16, 16, 4096, 4096, 128, torch.float16),
+              HeadShape(2, 16, 16, 4096, 4096, 64, torch.float32),
+              HeadShape(32, 16, 16, 512, 512, 128, half),
+              HeadShape(16, 16, 16, 1000, 1000, 128, half),
+              HeadShape(1, 8, 8, 4096, 4096, 128, half)]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    for shape in shapes:
+        yield from both_ways(gpu_cases.causal(shape), options, peers)
+    torch.set_float32_matmul_precision(before)
+
+
+def heavy(options: argparse.Namespace) -> Iterator[Row]:
+    """The heaviest mods and masks of the library."""
+    for make, length in ((gpu_cases.t5, 4096), (gpu_cases.graphormer, 1024),
+                         (gpu_cases.natten, 4096)):
+        shape = HeadShape(4, 16, 16, length, length, 64, torch.bfloat16)
+        yield from both_ways(make(shape), options, ("ours", "torch_flex"))
+
+
+def learned_bias(options: argparse.Namespace) -> Iterator[Row]:
+    """Forward and backward of a trained bias; "deterministic" compares ours with ours."""
+    shape = HeadShape(2, 16, 16, 8192, 8192, 128, torch.bfloat16)
+    case, inputs = gpu_cases.learned_bias(shape), shape.inputs(requires_grad=True)
+    d_out = torch.randn_like(inputs[0])
+
+    def steps(provider: str, exact: bool = False) -> Callable[[], object]:
+        attention = PROVIDERS[provider](case, True)
+        assert attention is not None
+
+        def step() -> None:
+            torch.use_deterministic_algorithms(exact, warn_only=True)
+            torch.autograd.grad(attention(*inputs), (*inputs, *case.trained), d_out)
+            torch.use_deterministic_algorithms(False)
+        return step
+
+    makers: Makers = {"ours": partial(steps, "ours"),
+                      "deterministic": partial(steps, "ours", True)}
+    if "torch_flex" in _wanted(options, PROVIDERS):
+        makers["torch_flex"] = partial(steps, "torch_flex")
+    times = interleaved(_ready(case.name, makers), rounds=options.rounds)
+    work = case.flops(False) + case.flops(True)
+    yield from _rows("learned bias fwd+bwd", shape, times, work * 1e-12, "TFLOP/s")
+
+
+SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "mods128": partial(mods, head_dim=128),
+    "mods64": partial(mods, head_dim=64),
+    "plain": plain,
+    "decode": decode,
+    "corners": corners,
+    "heavy": heavy,
+    "learned_bias": learned_bias,
+    "host": gpu_host.overhead,
+    "first_call": gpu_host.first_call,
+    "compiles": gpu_host.compiles,
+    "memory": gpu_memory.peak,
+}
+
+
+def both_ways(case: GpuCase, options: argparse.Namespace,
+              peers: Sequence[str] = tuple(PROVIDERS)) -> Iterator[Row]:
+    for backward in (False, True):
+        yield from _compare(case, options, peers, backward=backward)
+
+
+def _wanted(options: argparse.Namespace, peers: Sequence[str] | dict) -> list[str]:
+    return [name for name in peers if not options.providers or name in options.providers]
+
+
+def _compare(case: GpuCase, options: argparse.Namespace, peers: Sequence[str] | dict, *,
+             backward: bool, read: bool = False) -> Iterator[Row]:
+    inputs = case.shape.inputs(requires_grad=backward)
+    made = {name: PROVIDERS[name](case, backward) for name in _wanted(options, peers)}
+    makers: Makers = {name: partial(_run_of, attention, inputs, case, backward)
+                      for name, attention in made.items() if attention is not None}
+    times = interleaved(_ready(case.name, makers), rounds=options.rounds)
+    direction = "" if read else " bwd" if backward else " fwd"
+    work, unit = (sum(t.nbytes for t in inputs[1:]) * 1e-9, "GB/s") if read else (
+        case.flops(backward) * 1e-12, "TFLOP/s")
+    yield from _rows(case.name + direction, case.shape, times, work, unit)
+    del makers, made, inputs
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _rows(name: str, shape: object, times: dict[str, Times], work: float,
+          unit: str) -> Iterator[Row]:
+    dtype = str(getattr(shape, "dtype", "")).removeprefix("torch.")
+    for provider, t in times.items():
+        yield Row(name, str(shape), dtype, provider, t.median * 1e3, spread=t.spread,
+                  rate=work / t.median, rate_unit=unit,
+                  ours_is_faster=t.slower_than(times["ours"])
+                  if provider != "ours" and "ours" in times else None)
+
+
+def _run_of(attention: Attention, inputs: tuple[Tensor, ...], case: Case,
+            backward: bool) -> Callable[[], object]:
+    """The timed function; for a backward, of a forward done once."""
+    if not backward:
+        return partial(_without_grad, attention, inputs)
+    out = attention(*inputs)
+    wanted, d_out = (*inputs, *case.trained), torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, wanted, d_out, retain_graph=True)
+
+
+def _without_grad(attention: Attention, inputs: tuple[Tensor, ...]) -> Tensor:
+    with torch.no_grad():
+        return attention(*inputs)
+
+
+def _ready(case: str, makers: Makers) -> dict[str, Callable[[], object]]:
+    """The functions to be timed, each called once here, so that one that fails is left out."""
+    found: dict[str, Callable[[], object]] = {}
+    for name, make in makers.items():
+        try:
+            run = make()
+            run()
+        except Exception as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"  {name} cannot run {case}: {first[:100]}", file=sys.stderr)
+            gc.collect()
+            torch.cuda.empty_cache()
+        else:
+            found[name] = run
+    return found
