@@ -10,28 +10,8 @@ import torch
 from flexattn import create_block_mask
 from flexattn.attention import AuxRequest, _call
 from flexattn.errors import IndexOutOfRangeError
-from flexattn.reference import attention
 from flexattn.runtime import launch_gpu
-
-
-def tensors(batch, kv_heads, group, q_len, kv_len, dims, dtype=torch.float32, kv_batch=None):
-    """Fresh q, k and v."""
-    kv_batch = kv_batch or batch
-    return (torch.randn(batch, kv_heads * group, q_len, dims[0], dtype=dtype),
-            torch.randn(kv_batch, kv_heads, kv_len, dims[0], dtype=dtype),
-            torch.randn(kv_batch, kv_heads, kv_len, dims[1], dtype=dtype))
-
-
-def check(q, k, v, score_mod=None, mask_mod=None, block=16, tolerance=2e-5, scale=None):
-    """out, lse and max_scores of the kernel equal those of the oracle."""
-    lengths = q.shape[2], k.shape[2]
-    mask = mask_mod and create_block_mask(mask_mod, q.shape[0], q.shape[1], *lengths,
-                                          BLOCK_SIZE=block)
-    call = _call(q, k, v, score_mod, mask, scale, AuxRequest(True, True), {})
-    found = launch_gpu.forward(call)
-    wanted = attention(q, k, v, score_mod, mask_mod, scale, torch.float64)
-    for x, y in zip((found.out, found.lse, found.max_scores), wanted, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=tolerance, atol=tolerance)
+from tests.interpreter.attend import check, tensors
 
 
 def softcap(score, b, h, q_idx, kv_idx):

@@ -8,16 +8,24 @@ import pytest
 import torch
 
 from flexattn.compile_triton import Target, compiled
-from flexattn.kernels.triton_config import ForwardFacts, chunk_of, forward_configs
+from flexattn.kernels.triton_config import (
+    BackwardFacts,
+    ForwardFacts,
+    backward_configs,
+    chunk_of,
+    forward_configs,
+)
 from flexattn.runtime.call import Call
 from flexattn.runtime.gpu_mods import mod_code
 from flexattn.runtime.launch_triton import ForwardPlan
+from flexattn.runtime.launch_triton_backward import BackwardPlan
 from flexattn.trace import specialize, trace_mask_mod, trace_score_mod
 
 TARGETS = {"sm_80": Target("cuda", 80, 32), "sm_90": Target("cuda", 90, 32),
            "sm_100": Target("cuda", 100, 32), "gfx942": Target("hip", "gfx942", 64)}
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-SLOPES, TABLE, DOCUMENT = torch.ones(4), torch.ones(4, 2048), torch.zeros(1024)
+SLOPES, DOCUMENT = torch.ones(4), torch.zeros(1024)
+TABLE = torch.ones(4, 2048, requires_grad=True)
 
 
 def capped_alibi(score, b, h, q_idx, kv_idx):
@@ -67,3 +75,21 @@ def test_forward(target, case):
         text = binary.stages["ptx"]
         assert "wgmma.mma_async" in text and "cp.async" in text
         assert not re.search(r"ld\.global\.b16|ld\.global\.u16", text), "keys are read one by one"
+
+
+@pytest.mark.parametrize("kernel", ["key_value_gradient", "query_gradient"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_backward(target, kernel):
+    """With a learned relative bias, deterministic, of which the smallest config fits."""
+    where = TARGETS[target]
+    q = torch.empty(2, 4, 1024, 64, dtype=torch.bfloat16)
+    call = Call(q, q, q, 1.0, specialize(trace_score_mod(relative_bias)),
+                specialize(trace_mask_mod(documents)))
+    code = mod_code(call, where.backend, with_gradient=True)
+    config = backward_configs(where.backend, where.arch, 64, 64, 2)[-1][
+        kernel == "query_gradient"]
+    facts = BackwardFacts(64, 64, 64, 64, config.tile_q, config.tile_kv, True, "tf32",
+                          diagonals=(0,), exact=True)
+    plan = BackwardPlan(kernel, facts, code, config, torch.bfloat16, torch.bfloat16, True)
+    binary = compiled(plan.source(), where)
+    assert binary.shared <= SHARED[target] and len(binary.code) > 1000

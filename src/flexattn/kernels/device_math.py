@@ -11,6 +11,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 _LN2_HIGH = tl.constexpr(0.693359375)  # k * _LN2_HIGH is exact for |k| < 2^15
 _LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
 _TANH = tl.constexpr("tanh.approx.f32 $0, $1;")
+_LOAD_16 = tl.constexpr("ld.global.nc.b16 $0, [$1];")
+_LOAD_32 = tl.constexpr("ld.global.nc.b32 $0, [$1];")
+_LOAD_64 = tl.constexpr("ld.global.nc.b64 $0, [$1];")
 
 
 @triton.jit
@@ -73,6 +76,27 @@ def tanh_exp2(x):
 def tanh_approx(x):
     """One instruction of NVIDIA GPUs: relative error of 2^-11, below a 16-bit score's rounding."""
     return tl.inline_asm_elementwise(_TANH, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def gather(pointers):
+    """Reads in the layout that the values are used in: for a load of its own, Triton would choose
+    another, and carry a tile of values through shared memory."""
+    KIND: tl.constexpr = pointers.dtype.element_ty
+    if KIND.primitive_bitwidth == 16:
+        bits = tl.inline_asm_elementwise(_LOAD_16, "=h,l", [pointers.to(tl.int64)],
+                                         dtype=tl.int16, is_pure=True, pack=1)
+        return bits.to(KIND, bitcast=True)
+    elif KIND.primitive_bitwidth == 32:
+        bits = tl.inline_asm_elementwise(_LOAD_32, "=r,l", [pointers.to(tl.int64)],
+                                         dtype=tl.int32, is_pure=True, pack=1)
+        return bits.to(KIND, bitcast=True)
+    elif KIND.primitive_bitwidth == 64:
+        bits = tl.inline_asm_elementwise(_LOAD_64, "=l,l", [pointers.to(tl.int64)],
+                                         dtype=tl.int64, is_pure=True, pack=1)
+        return bits.to(KIND, bitcast=True)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit

@@ -12,116 +12,29 @@ partial blocks, and a block that sticks out of the sequence, take the masked ste
 MODS holds the functions that `lower/triton.py` generates; its docstring says how they are called.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
+
+from flexattn.kernels.triton_tiles import (
+    add_product,
+    ends_ragged,
+    first_block,
+    indices,
+    load_rows,
+    next_block,
+    product,
+    store_rows,
+    times,
+    zeros,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@dataclass(frozen=True)
-class BackwardFacts:
-    """What a compiled kernel is made for.
-
-    The reads of captured tensors that need a gradient go by their number: read i has the result
-    d_load<i> of score_mod_grad. A read whose index does not depend on kv_idx is in row_sums: its
-    gradient is summed over a row before the index matters; col_sums likewise; diagonals: the index
-    depends on q_idx - kv_idx only; scattered: any other. exact: no sum depends on the order of
-    atomic additions.
-    """
-
-    head_dim: int
-    value_dim: int
-    head_chunk: int
-    value_chunk: int
-    tile_q: int
-    tile_kv: int
-    sparse: bool = False
-    tma: bool = False
-    precision: str = "tf32"
-    row_sums: tuple[int, ...] = ()
-    col_sums: tuple[int, ...] = ()
-    diagonals: tuple[int, ...] = ()
-    scattered: tuple[int, ...] = ()
-    exact: bool = False
-
-    @property
-    def head_chunks(self) -> int:
-        return -(-self.head_dim // self.head_chunk)
-
-    @property
-    def value_chunks(self) -> int:
-        return -(-self.value_dim // self.value_chunk)
-
-    @property
-    def unordered(self) -> tuple[int, ...]:
-        """Reads whose gradient is summed by atomic additions."""
-        return self.diagonals + self.scattered
-
-
-# Tiles
-
-
 @triton.jit
-def _load_rows(x, b, h, first, length, DIM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-               BOUNDED: tl.constexpr, TMA: tl.constexpr):
-    """Rows first .. first + ROWS of x[b, h], as chunks of columns; 0 beyond `length`."""
-    chunks = ()
-    for c in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-        if TMA:
-            chunk = x.load([b, h, first, c * CHUNK]).reshape(ROWS, CHUNK)
-        else:
-            row = tl.arange(0, ROWS)[:, None]
-            column = c * CHUNK + tl.arange(0, CHUNK)[None, :]
-            at = _row_start(x, b, h, first) + row * x[3] + column
-            if BOUNDED and (c + 1) * CHUNK > DIM:
-                chunk = tl.load(at, mask=(first + row < length) & (column < DIM), other=0.0)
-            elif BOUNDED:
-                chunk = tl.load(at, mask=first + row < length, other=0.0)
-            elif (c + 1) * CHUNK > DIM:
-                chunk = tl.load(at, mask=column < DIM, other=0.0)
-            else:
-                chunk = tl.load(at)
-        chunks = chunks + (chunk,)
-    return chunks
-
-
-@triton.jit
-def _store_rows(x, chunks, factor, b, h, first, length, DIM: tl.constexpr, CHUNK: tl.constexpr,
-                ROWS: tl.constexpr):
-    row = tl.arange(0, ROWS)[:, None]
-    for c in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-        column = c * CHUNK + tl.arange(0, CHUNK)[None, :]
-        value = (chunks[c] * factor).to(x[0].dtype.element_ty)
-        tl.store(_row_start(x, b, h, first) + row * x[3] + column, value,
-                 mask=(first + row < length) & (column < DIM))
-
-
-@triton.jit
-def _row_start(x, b, h, first):
-    """x is (pointer, stride of b, of h, of rows); columns are contiguous."""
-    return x[0] + tl.cast(b, tl.int64) * x[1] + tl.cast(h, tl.int64) * x[2] \
-        + tl.cast(first, tl.int64) * x[3]
-
-
-@triton.jit
-def _load_statistics(x, line, first, ROWS: tl.constexpr, TMA: tl.constexpr):
+def _load_statistics(x, line, first, ROWS: tl.constexpr):
     """Rows first .. first + ROWS of one line of lse2 or delta."""
-    if TMA:
-        return x.load([line, first]).reshape(ROWS)
-    else:
-        return tl.load(x[0] + tl.cast(line, tl.int64) * x[1] + first + tl.arange(0, ROWS))
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNKS: tl.constexpr):
-    chunks = ()
-    for _ in tl.static_range(CHUNKS):
-        chunks = chunks + (tl.zeros([ROWS, COLUMNS], tl.float32),)
-    return chunks
+    return tl.load(x[0] + tl.cast(line, tl.int64) * x[1] + first + tl.arange(0, ROWS))
 
 
 @triton.jit
@@ -132,70 +45,17 @@ def _zero_vectors(SIZE: tl.constexpr, COUNT: tl.constexpr, DTYPE: tl.constexpr):
     return vectors
 
 
-@triton.jit
-def _product(x, y, CHUNKS: tl.constexpr, F: tl.constexpr):
-    """x y^T."""
-    total = tl.dot(x[0], tl.trans(y[0]), input_precision=F.precision)
-    for c in tl.static_range(1, CHUNKS):
-        total = tl.dot(x[c], tl.trans(y[c]), total, input_precision=F.precision)
-    return total
-
-
-@triton.jit
-def _add_product(total, x, y, CHUNKS: tl.constexpr, F: tl.constexpr):
-    """total + x y."""
-    chunks = ()
-    for c in tl.static_range(CHUNKS):
-        chunks = chunks + (tl.dot(x, y[c], total[c], input_precision=F.precision),)
-    return chunks
-
-
-# Blocks of a row of the block mask, of one kind: table = (offsets, start, end, blocks before)
-
-
-@triton.jit
-def _first_block(table, row, last):
-    """Number of blocks, then the state of the walk: run, end of runs, block, end of the run."""
-    run = tl.load(table[0] + row)
-    runs = tl.load(table[0] + row + 1)
-    count = (tl.load(table[3] + runs) - tl.load(table[3] + run)).to(tl.int32)
-    block = tl.load(table[1] + run, mask=run < runs, other=last)
-    stop = tl.load(table[2] + run, mask=run < runs, other=0)
-    return count, run, runs, block, stop
-
-
-@triton.jit
-def _next_block(table, run, runs, block, stop, last):
-    """The state one block further; behind the last run comes the block `last`."""
-    block += 1
-    left = block >= stop
-    run += left.to(tl.int32)
-    more = left & (run < runs)
-    stop = tl.where(left, tl.load(table[2] + run, mask=more, other=0), stop)
-    block = tl.where(left, tl.load(table[1] + run, mask=more, other=last), block)
-    return run, block, stop
-
-
-@triton.jit
-def _ends_ragged(table, row, blocks, length, TILE: tl.constexpr):
-    """1 if the last full block of the row sticks out of the sequence, otherwise 0."""
-    run = tl.load(table[0] + row)
-    runs = tl.load(table[0] + row + 1)
-    end = tl.load(table[2] + runs - 1, mask=run < runs, other=0)
-    return ((end == blocks) & (length % TILE != 0)).to(tl.int32)
-
-
 # One tile of scores
 
 
 @triton.jit
-def _probabilities(product, lse2, b, h, q_idx, kv_idx, inside, scale, args, parts,
+def _probabilities(raw, lse2, b, h, q_idx, kv_idx, inside, scale, args, parts,
                    MODS: tl.constexpr, MASKED: tl.constexpr):
     """p, and the factors of (dp - delta) in d_score and in the gradient of each read."""
     if MODS.score_mod is None:
-        exponent = product * (scale * LOG2E)
+        exponent = raw * (scale * LOG2E)
     else:  # the forward has reported what the mod reads out of range
-        score = product * scale
+        score = raw * scale
         exponent = MODS.score_mod(score, b, h, q_idx, kv_idx, False, args, parts) * LOG2E
     if MASKED:
         kept = inside
@@ -219,17 +79,10 @@ def _where_all(kept, values):
     return inside
 
 
-@triton.jit
-def _indices(first, length, TILE: tl.constexpr, BOUNDED: tl.constexpr):
-    """Positions of a tile, the last one repeated beyond the end."""
-    index = first + tl.arange(0, TILE)
-    return tl.minimum(index, length - 1) if BOUNDED else index
-
-
 # Kernels
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def prepare(out, d_out, lse, d_lse, statistics, sizes, VALUE_DIM: tl.constexpr,
             PADDED_DIM: tl.constexpr, ROWS: tl.constexpr):
     """lse2 = lse * log2(e), +inf for rows without any key and beyond the last one (so that their p
@@ -240,8 +93,8 @@ def prepare(out, d_out, lse, d_lse, statistics, sizes, VALUE_DIM: tl.constexpr,
     first = tl.program_id(0) * ROWS
     row = first + tl.arange(0, ROWS)
     at = tl.cast(line, tl.int64) * q_len + row
-    o = _load_rows(out, b, h, first, q_len, VALUE_DIM, PADDED_DIM, ROWS, True, False)[0]
-    do = _load_rows(d_out, b, h, first, q_len, VALUE_DIM, PADDED_DIM, ROWS, True, False)[0]
+    o = load_rows(out, b, h, first, q_len, VALUE_DIM, PADDED_DIM, ROWS, True)[0]
+    do = load_rows(d_out, b, h, first, q_len, VALUE_DIM, PADDED_DIM, ROWS, True)[0]
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     if d_lse is not None:
         delta -= tl.load(d_lse + at, mask=row < q_len, other=0.0)
@@ -259,24 +112,21 @@ def _key_value_step(sums, k, v, q, d_out, statistics, at, head, columns, first_q
     dk, dv, col_sums, peaks = sums
     b, h, kv_idx = at
     batch, heads, q_len = sizes
-    q_idx = _indices(first_q, q_len, F.tile_q, MASKED)[None, :]
+    q_idx = indices(first_q, q_len, F.tile_q, MASKED)[None, :]
     inside = (first_q + tl.arange(0, F.tile_q) < q_len)[None, :]
-    rows = ()
-    if MODS.mod_rows is not None:
-        rows = MODS.mod_rows(b, h, q_idx, args, head)
-    q_rows = _load_rows(q, b, h, first_q, q_len, F.head_dim, F.head_chunk, F.tile_q, MASKED, F.tma)
-    product = _product(k, q_rows, F.head_chunks, F)
+    rows = MODS.mod_rows(b, h, q_idx, args, head)
+    q_rows = load_rows(q, b, h, first_q, q_len, F.head_dim, F.head_chunk, F.tile_q, MASKED)
+    raw = product(k, q_rows, F)
     line = b * heads + h
-    lse2 = _load_statistics(statistics, line, first_q, F.tile_q, F.tma)[None, :]
-    delta = _load_statistics(statistics, batch * heads + line, first_q, F.tile_q, F.tma)[None, :]
-    p, factors = _probabilities(product, lse2, b, h, q_idx, kv_idx, inside, scale, args,
+    lse2 = _load_statistics(statistics, line, first_q, F.tile_q)[None, :]
+    delta = _load_statistics(statistics, batch * heads + line, first_q, F.tile_q)[None, :]
+    p, factors = _probabilities(raw, lse2, b, h, q_idx, kv_idx, inside, scale, args,
                                 (head, rows, columns), MODS, MASKED)
-    do_rows = _load_rows(d_out, b, h, first_q, q_len, F.value_dim, F.value_chunk, F.tile_q, MASKED,
-                         F.tma)
-    dp = _product(v, do_rows, F.value_chunks, F)
-    dv = _add_product(dv, p.to(do_rows[0].dtype), do_rows, F.value_chunks, F)
+    do_rows = load_rows(d_out, b, h, first_q, q_len, F.value_dim, F.value_chunk, F.tile_q, MASKED)
+    dp = product(v, do_rows, F)
+    dv = add_product(dv, p.to(do_rows[0].dtype), do_rows, F)
     ds = factors[0] * (dp - delta)
-    dk = _add_product(dk, ds.to(q_rows[0].dtype), q_rows, F.head_chunks, F)
+    dk = add_product(dk, ds.to(q_rows[0].dtype), q_rows, F)
     added = ()
     for i in tl.static_range(len(F.col_sums)):
         added = added + (col_sums[i] + tl.sum(factors[F.col_sums[i] + 1] * (dp - delta), 1),)
@@ -288,7 +138,7 @@ def _key_value_step(sums, k, v, q, d_out, statistics, at, head, columns, first_q
     return dk, dv, added, raised
 
 
-@triton.jit(do_not_specialize=["sizes", "blocks", "scale"])
+@triton.jit
 def key_value_gradient(q, k, v, d_out, statistics, dk_out, dv_out, sums_out, peaks_out, full,
                        partial, sizes, blocks, scale, args, MODS: tl.constexpr, F: tl.constexpr):
     """dk and dv of one tile of keys, summed over the query heads (and sequences) that share them.
@@ -300,13 +150,11 @@ def key_value_gradient(q, k, v, d_out, statistics, dk_out, dv_out, sums_out, pea
     tile, part, parts = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     kv_b, kv_h = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
     first = tile * F.tile_kv
-    kv_idx = _indices(first, kv_len, F.tile_kv, True)[:, None]
-    k_rows = _load_rows(k, kv_b, kv_h, first, kv_len, F.head_dim, F.head_chunk, F.tile_kv, True,
-                        F.tma)
-    v_rows = _load_rows(v, kv_b, kv_h, first, kv_len, F.value_dim, F.value_chunk, F.tile_kv, True,
-                        F.tma)
-    dk = _zeros(F.tile_kv, F.head_chunk, F.head_chunks)
-    dv = _zeros(F.tile_kv, F.value_chunk, F.value_chunks)
+    kv_idx = indices(first, kv_len, F.tile_kv, True)[:, None]
+    k_rows = load_rows(k, kv_b, kv_h, first, kv_len, F.head_dim, F.head_chunk, F.tile_kv, True)
+    v_rows = load_rows(v, kv_b, kv_h, first, kv_len, F.value_dim, F.value_chunk, F.tile_kv, True)
+    dk = zeros(F.tile_kv, F.head_chunk, F.head_chunks)
+    dv = zeros(F.tile_kv, F.value_chunk, F.value_chunks)
     peaks = _zero_vectors(F.tile_kv, len(F.unordered) if F.exact else 0, tl.int32)
     group = heads // kv_heads
     sharers = group * (batch // kv_batch)
@@ -315,29 +163,25 @@ def key_value_gradient(q, k, v, d_out, statistics, dk_out, dv_out, sums_out, pea
     for sharer in range(sharers * part // parts, sharers * (part + 1) // parts):
         b, h = kv_b + sharer // group, kv_h * group + sharer % group
         at = (b, h, kv_idx)
-        head = ()
-        if MODS.mod_head is not None:
-            head = MODS.mod_head(b, h, args)
-        columns = ()
-        if MODS.mod_columns is not None:
-            columns = MODS.mod_columns(b, h, kv_idx, args, head)
+        head = MODS.mod_head(b, h, args)
+        columns = MODS.mod_columns(b, h, kv_idx, args, head)
         col_sums = _zero_vectors(F.tile_kv, len(F.col_sums), tl.float32)
         sums = (dk, dv, col_sums, peaks)
         if F.sparse:
             row = ((b % blocks[0]) * blocks[1] + h % blocks[1]) * tl.num_programs(0) + tile
-            count, run, runs, block, stop = _first_block(full, row, q_tiles - 1)
-            ragged = _ends_ragged(full, row, q_tiles, q_len, F.tile_q)
+            count, run, runs, block, stop = first_block(full, row, q_tiles - 1)
+            ragged = ends_ragged(full, row, q_tiles, q_len, F.tile_q)
             for _ in range(count - ragged):
                 sums = _key_value_step(sums, k_rows, v_rows, q, d_out, statistics, at, head,
                                        columns, block * F.tile_q, shape, scale, args, MODS, F,
                                        False)
-                run, block, stop = _next_block(full, run, runs, block, stop, q_tiles - 1)
-            count, run, runs, block, stop = _first_block(partial, row, q_tiles - 1)
+                run, block, stop = next_block(full, run, runs, block, stop, q_tiles - 1)
+            count, run, runs, block, stop = first_block(partial, row, q_tiles - 1)
             for _ in range(count + ragged):
                 sums = _key_value_step(sums, k_rows, v_rows, q, d_out, statistics, at, head,
                                        columns, block * F.tile_q, shape, scale, args, MODS, F,
                                        True)
-                run, block, stop = _next_block(partial, run, runs, block, stop, q_tiles - 1)
+                run, block, stop = next_block(partial, run, runs, block, stop, q_tiles - 1)
         else:
             whole = q_len // F.tile_q * F.tile_q
             for first_q in range(0, whole, F.tile_q):
@@ -351,8 +195,9 @@ def key_value_gradient(q, k, v, d_out, statistics, dk_out, dv_out, sums_out, pea
         for i in tl.static_range(len(F.col_sums)):
             tl.store(sums_out[i] + line + first + tl.arange(0, F.tile_kv), col_sums[i])
     to = part * kv_batch + kv_b
-    _store_rows(dk_out, dk, scale, to, kv_h, first, kv_len, F.head_dim, F.head_chunk, F.tile_kv)
-    _store_rows(dv_out, dv, 1.0, to, kv_h, first, kv_len, F.value_dim, F.value_chunk, F.tile_kv)
+    store_rows(dk_out, times(dk, scale), to, kv_h, first, kv_len, F.head_dim, F.head_chunk,
+               F.tile_kv)
+    store_rows(dv_out, dv, to, kv_h, first, kv_len, F.value_dim, F.value_chunk, F.tile_kv)
     if F.exact:
         for i in tl.static_range(len(F.unordered)):
             real = tl.where(first + tl.arange(0, F.tile_kv) < kv_len, peaks[i], 0)
@@ -366,22 +211,20 @@ def _query_step(sums, q, d_out, lse2, delta, k, v, at, head, rows, first_kv, len
     dq, row_sums = sums
     b, kv_b, h, kv_h, line, first_q, q_idx = at
     q_len, kv_len = lengths
-    kv_idx = _indices(first_kv, kv_len, F.tile_kv, MASKED)[None, :]
+    kv_idx = indices(first_kv, kv_len, F.tile_kv, MASKED)[None, :]
     inside = (first_kv + tl.arange(0, F.tile_kv) < kv_len)[None, :]
-    columns = ()
-    if MODS.mod_columns is not None:
-        columns = MODS.mod_columns(b, h, kv_idx, args, head)
+    columns = MODS.mod_columns(b, h, kv_idx, args, head)
     parts = (head, rows, columns)
-    k_rows = _load_rows(k, kv_b, kv_h, first_kv, kv_len, F.head_dim, F.head_chunk, F.tile_kv,
-                        MASKED, F.tma)
-    product = _product(q, k_rows, F.head_chunks, F)
-    p, factors = _probabilities(product, lse2[:, None], b, h, q_idx, kv_idx, inside, scale, args,
+    k_rows = load_rows(k, kv_b, kv_h, first_kv, kv_len, F.head_dim, F.head_chunk, F.tile_kv,
+                        MASKED)
+    raw = product(q, k_rows, F)
+    p, factors = _probabilities(raw, lse2[:, None], b, h, q_idx, kv_idx, inside, scale, args,
                                 parts, MODS, MASKED)
-    v_rows = _load_rows(v, kv_b, kv_h, first_kv, kv_len, F.value_dim, F.value_chunk, F.tile_kv,
-                        MASKED, F.tma)
-    dp = _product(d_out, v_rows, F.value_chunks, F)
+    v_rows = load_rows(v, kv_b, kv_h, first_kv, kv_len, F.value_dim, F.value_chunk, F.tile_kv,
+                        MASKED)
+    dp = product(d_out, v_rows, F)
     ds = factors[0] * (dp - delta[:, None])
-    dq = _add_product(dq, ds.to(k_rows[0].dtype), k_rows, F.head_chunks, F)
+    dq = add_product(dq, ds.to(k_rows[0].dtype), k_rows, F)
     added = ()
     for i in tl.static_range(len(F.row_sums)):
         added = added + (row_sums[i]
@@ -392,7 +235,7 @@ def _query_step(sums, q, d_out, lse2, delta, k, v, at, head, rows, first_kv, len
         if i < len(F.diagonals):
             _add_diagonals(scatter, i, d_load, first_q - first_kv, line, F)
         else:
-            offsets = MODS.grad_offsets(product * scale, b, h, q_idx, kv_idx, args, parts)
+            offsets = MODS.grad_offsets(raw * scale, b, h, q_idx, kv_idx, args, parts)
             _add_atomically(scatter[0][i] + offsets[F.unordered[i]], d_load, here & inside,
                             scatter[1] + i, F.exact)
     return dq, added
@@ -406,25 +249,25 @@ def _add_diagonals(scatter, i: tl.constexpr, d_load, distance, line, F: tl.const
     sheared = tl.gather(d_load, source % F.tile_kv, 1)
     column = tl.arange(0, F.tile_kv)
     to = scatter[0][i] + tl.cast(line, tl.int64) * scatter[2] + scatter[3] + distance - column
-    for turn in tl.static_range(F.tile_q // F.tile_kv + 1):
+    for turn in tl.static_range((F.tile_q + F.tile_kv - 2) // F.tile_kv + 1):
         total = tl.sum(tl.where(source // F.tile_kv == turn, sheared, 0.0), 0)
         _add_atomically(to + turn * F.tile_kv, total, column >= 0, scatter[1] + i, F.exact)
 
 
 @triton.jit
-def _add_atomically(to, value, inside, scale, EXACT: tl.constexpr):
-    """EXACT: in units of 1 / scale as integers, whose sum does not depend on the order."""
+def _add_atomically(to, value, inside, units, EXACT: tl.constexpr):
+    """EXACT: integers of size 1 / units, whose sum does not depend on the order."""
     if EXACT:
-        value = tl.floor(value * tl.load(scale) + 0.5).to(tl.int64)
+        value = tl.floor(value * tl.load(units) + 0.5).to(tl.int64)
     tl.atomic_add(to, value, mask=inside, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["sizes", "blocks", "scale"])
+@triton.jit
 def query_gradient(q, k, v, d_out, statistics, dq_out, sums_out, scatter, full, partial, sizes,
                    blocks, scale, args, MODS: tl.constexpr, F: tl.constexpr):
     """dq of one tile of queries. The last tiles, the longest ones of a causal mask, come first.
 
-    scatter: where the gradients of unordered reads are added, their scales, and of a diagonals'
+    scatter: where the gradients of unordered reads are added, their units, and of a diagonals'
     buffer the length of a line and the place of q_idx = kv_idx in it.
     """
     batch, heads, q_len, kv_len, kv_batch, kv_heads = sizes
@@ -433,36 +276,31 @@ def query_gradient(q, k, v, d_out, statistics, dq_out, sums_out, scatter, full, 
     b, h = line // heads, line % heads
     kv_b, kv_h = b % kv_batch, h // (heads // kv_heads)
     first = tile * F.tile_q
-    q_idx = _indices(first, q_len, F.tile_q, True)[:, None]
-    q_rows = _load_rows(q, b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q, True, F.tma)
-    do_rows = _load_rows(d_out, b, h, first, q_len, F.value_dim, F.value_chunk, F.tile_q, True,
-                         F.tma)
-    lse2 = _load_statistics(statistics, line, first, F.tile_q, F.tma)
-    delta = _load_statistics(statistics, batch * heads + line, first, F.tile_q, F.tma)
-    head = ()
-    if MODS.mod_head is not None:
-        head = MODS.mod_head(b, h, args)
-    rows = ()
-    if MODS.mod_rows is not None:
-        rows = MODS.mod_rows(b, h, q_idx, args, head)
+    q_idx = indices(first, q_len, F.tile_q, True)[:, None]
+    q_rows = load_rows(q, b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q, True)
+    do_rows = load_rows(d_out, b, h, first, q_len, F.value_dim, F.value_chunk, F.tile_q, True)
+    lse2 = _load_statistics(statistics, line, first, F.tile_q)
+    delta = _load_statistics(statistics, batch * heads + line, first, F.tile_q)
+    head = MODS.mod_head(b, h, args)
+    rows = MODS.mod_rows(b, h, q_idx, args, head)
     row_sums = _zero_vectors(F.tile_q, len(F.row_sums), tl.float32)
-    sums = (_zeros(F.tile_q, F.head_chunk, F.head_chunks), row_sums)
+    sums = (zeros(F.tile_q, F.head_chunk, F.head_chunks), row_sums)
     at = (b, kv_b, h, kv_h, line, first, q_idx)
     lengths = (q_len, kv_len)
     if F.sparse:
         row = ((b % blocks[0]) * blocks[1] + h % blocks[1]) * tl.num_programs(0) + tile
         kv_tiles = tl.cdiv(kv_len, F.tile_kv)
-        count, run, runs, block, stop = _first_block(full, row, kv_tiles - 1)
-        ragged = _ends_ragged(full, row, kv_tiles, kv_len, F.tile_kv)
+        count, run, runs, block, stop = first_block(full, row, kv_tiles - 1)
+        ragged = ends_ragged(full, row, kv_tiles, kv_len, F.tile_kv)
         for _ in range(count - ragged):
             sums = _query_step(sums, q_rows, do_rows, lse2, delta, k, v, at, head, rows,
                                block * F.tile_kv, lengths, scale, args, scatter, MODS, F, False)
-            run, block, stop = _next_block(full, run, runs, block, stop, kv_tiles - 1)
-        count, run, runs, block, stop = _first_block(partial, row, kv_tiles - 1)
+            run, block, stop = next_block(full, run, runs, block, stop, kv_tiles - 1)
+        count, run, runs, block, stop = first_block(partial, row, kv_tiles - 1)
         for _ in range(count + ragged):
             sums = _query_step(sums, q_rows, do_rows, lse2, delta, k, v, at, head, rows,
                                block * F.tile_kv, lengths, scale, args, scatter, MODS, F, True)
-            run, block, stop = _next_block(partial, run, runs, block, stop, kv_tiles - 1)
+            run, block, stop = next_block(partial, run, runs, block, stop, kv_tiles - 1)
     else:
         whole = kv_len // F.tile_kv * F.tile_kv
         for first_kv in range(0, whole, F.tile_kv):
@@ -472,14 +310,14 @@ def query_gradient(q, k, v, d_out, statistics, dq_out, sums_out, scatter, full, 
             sums = _query_step(sums, q_rows, do_rows, lse2, delta, k, v, at, head, rows, first_kv,
                                lengths, scale, args, scatter, MODS, F, True)
     dq, row_sums = sums
-    _store_rows(dq_out, dq, scale, b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q)
+    store_rows(dq_out, times(dq, scale), b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q)
     to = tl.cast(line, tl.int64) * (tl.num_programs(0) * F.tile_q) + first + tl.arange(0, F.tile_q)
     for i in tl.static_range(len(F.row_sums)):
         tl.store(sums_out[i] + to, row_sums[i])
 
 
-@triton.jit(do_not_specialize=["sizes"])
-def scatter_sums(sums, gradient, scale, sizes, args, MODS: tl.constexpr, LOAD: tl.constexpr,
+@triton.jit
+def scatter_sums(sums, gradient, units, sizes, args, MODS: tl.constexpr, LOAD: tl.constexpr,
                  KIND: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr):
     """Adds sums over rows, columns or diagonals (a line for each b, h) where their read was."""
     heads, q_len, kv_len, length, origin = sizes
@@ -495,18 +333,14 @@ def scatter_sums(sums, gradient, scale, sizes, args, MODS: tl.constexpr, LOAD: t
         inside = (distance < q_len) & (-distance < kv_len)
     q_idx = tl.minimum(tl.maximum(distance, 0), q_len - 1)
     kv_idx = tl.minimum(tl.maximum(-distance, 0), kv_len - 1)
-    head, rows, columns = (), (), ()
-    if MODS.mod_head is not None:
-        head = MODS.mod_head(b, h, args)
-    if MODS.mod_rows is not None:
-        rows = MODS.mod_rows(b, h, q_idx, args, head)
-    if MODS.mod_columns is not None:
-        columns = MODS.mod_columns(b, h, kv_idx, args, head)
+    head = MODS.mod_head(b, h, args)
+    rows = MODS.mod_rows(b, h, q_idx, args, head)
+    columns = MODS.mod_columns(b, h, kv_idx, args, head)
     value = tl.load(sums + tl.cast(line, tl.int64) * length + place, mask=inside, other=0.0)
     offsets = MODS.grad_offsets(value, b, h, q_idx, kv_idx, args, (head, rows, columns))
     offset = offsets[LOAD] + tl.zeros([BLOCK], tl.int64)
     least = tl.min(tl.where(inside, offset, 2**62), 0)
     if least == tl.max(tl.where(inside, offset, -1), 0):
-        _add_atomically(gradient + least, tl.sum(value, 0), least >= 0, scale, EXACT)
+        _add_atomically(gradient + least, tl.sum(value, 0), least >= 0, units, EXACT)
     else:
-        _add_atomically(gradient + offset, value, inside, scale, EXACT)
+        _add_atomically(gradient + offset, value, inside, units, EXACT)

@@ -31,12 +31,55 @@ class ForwardFacts:
     tile_kv: int
     sparse: bool = False
     fold: bool = True
-    tma: bool = False
     precision: str = "tf32"
 
     @property
     def value_chunks(self) -> int:
         return -(-self.value_dim // self.value_chunk)
+
+
+@dataclass(frozen=True)
+class BackwardFacts:
+    """What a backward kernel is compiled for.
+
+    The reads of captured tensors that need a gradient go by their number: read i has the result
+    d_load<i> of score_mod_grad. A read whose index does not depend on kv_idx is in row_sums: its
+    gradient is summed over a row before the index matters; col_sums likewise; diagonals: the index
+    depends on q_idx - kv_idx only; scattered: any other. exact: no sum depends on the order of
+    atomic additions.
+    """
+
+    head_dim: int
+    value_dim: int
+    head_chunk: int
+    value_chunk: int
+    tile_q: int
+    tile_kv: int
+    sparse: bool = False
+    precision: str = "tf32"
+    row_sums: tuple[int, ...] = ()
+    col_sums: tuple[int, ...] = ()
+    diagonals: tuple[int, ...] = ()
+    scattered: tuple[int, ...] = ()
+    exact: bool = False
+
+    @property
+    def head_chunks(self) -> int:
+        return -(-self.head_dim // self.head_chunk)
+
+    @property
+    def value_chunks(self) -> int:
+        return -(-self.value_dim // self.value_chunk)
+
+    @property
+    def unordered(self) -> tuple[int, ...]:
+        """Reads whose gradient is summed by atomic additions."""
+        return self.diagonals + self.scattered
+
+
+def power_of_two(size: int) -> int:
+    """The least one that is not smaller."""
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def chunk_of(dim: int) -> int:
@@ -51,7 +94,7 @@ def chunk_of(dim: int) -> int:
 # Widest of head_dim and value_dim (in 16-bit columns) -> configs. Hopper and Blackwell's datacentre
 # GPUs have 227 KiB of shared memory for a program, A100 163, consumer GPUs 99, CDNA3 64.
 _FORWARD: dict[int, tuple[TritonConfig, ...]] = {
-    64: (TritonConfig(128, 128, 4, 3), TritonConfig(128, 64, 4, 3), TritonConfig(128, 64, 4, 2)),
+    64: (TritonConfig(128, 128, 8, 3), TritonConfig(128, 64, 4, 3), TritonConfig(128, 64, 4, 2)),
     128: (TritonConfig(128, 64, 8, 3), TritonConfig(128, 64, 8, 2), TritonConfig(64, 64, 4, 2),
           TritonConfig(64, 32, 4, 2)),
     256: (TritonConfig(128, 64, 8, 2), TritonConfig(64, 64, 4, 2), TritonConfig(64, 32, 4, 2),
@@ -71,3 +114,30 @@ def forward_configs(backend: str, arch: int | str, head_dim: int, value_dim: int
     if backend == "hip" or (isinstance(arch, int) and arch not in (80, 90, 100, 103)):
         return tuple(c for c in found if c.stages < 3) or found
     return found
+
+
+# Pairs of configs: of the kernel of dk and dv, and of the kernel of dq.
+_Pair = tuple[TritonConfig, TritonConfig]
+_BACKWARD: dict[int, tuple[_Pair, ...]] = {
+    64: ((TritonConfig(64, 128, 8, 3), TritonConfig(128, 64, 4, 3)),
+         (TritonConfig(64, 64, 4, 2), TritonConfig(64, 64, 4, 2)),
+         (TritonConfig(32, 64, 4, 1), TritonConfig(64, 32, 4, 1))),
+    128: ((TritonConfig(64, 128, 8, 2), TritonConfig(128, 64, 8, 2)),
+          (TritonConfig(32, 128, 8, 2), TritonConfig(128, 32, 8, 2)),
+          (TritonConfig(32, 64, 4, 2), TritonConfig(64, 32, 4, 2)),
+          (TritonConfig(32, 32, 4, 1), TritonConfig(32, 32, 4, 1))),
+    256: ((TritonConfig(64, 64, 8, 1), TritonConfig(64, 64, 8, 1)),
+          (TritonConfig(32, 64, 8, 1), TritonConfig(64, 32, 8, 1)),
+          (TritonConfig(32, 32, 4, 1), TritonConfig(32, 32, 4, 1)),
+          (TritonConfig(16, 16, 4, 1), TritonConfig(16, 16, 4, 1))),
+    1 << 30: ((TritonConfig(32, 32, 8, 1), TritonConfig(32, 32, 8, 1)),
+              (TritonConfig(16, 32, 4, 1), TritonConfig(32, 16, 4, 1)),
+              (TritonConfig(16, 16, 4, 1), TritonConfig(16, 16, 4, 1))),
+}
+
+
+def backward_configs(backend: str, arch: int | str, head_dim: int, value_dim: int,
+                     bytes_each: int) -> tuple[_Pair, ...]:
+    """Configs of the kernels of dk and dv, and of dq."""
+    width = max(head_dim, value_dim) * bytes_each // 2
+    return next(configs for most, configs in _BACKWARD.items() if width <= most)

@@ -52,7 +52,7 @@ def attend_tile(state, q, k, v, at, head, rows, first_kv, kv_len, scale, args,
     b, kv_b, h, kv_h, q_idx = at
     kv_idx = indices(first_kv, kv_len, F.tile_kv, MASKED)[None, :]
     k_rows = load_rows(k, kv_b, kv_h, first_kv, kv_len, F.head_dim, F.head_chunk, F.tile_kv,
-                       MASKED, F.tma)
+                       MASKED)
     score = product(q, k_rows, F)
     parts = (head, rows, MODS.mod_columns(b, h, kv_idx, args, head))
     kept = True
@@ -69,7 +69,7 @@ def attend_tile(state, q, k, v, at, head, rows, first_kv, kv_len, scale, args,
     p, total, peak, decay = softmax_step(score, total, peak, scale * LOG2E if F.fold else LOG2E,
                                          MASKED or MODS.score_mod is not None)
     v_rows = load_rows(v, kv_b, kv_h, first_kv, kv_len, F.value_dim, F.value_chunk, F.tile_kv,
-                       MASKED, F.tma)
+                       MASKED)
     out = add_product(scaled(out, decay), p.to(v_rows[0].dtype), v_rows, F)
     return out, total, peak
 
@@ -96,7 +96,7 @@ def forward(q, k, v, out, lse, max_scores, full, partial, sizes, blocks, scale, 
     kv_b, kv_h = b % kv_batch, h // (heads // kv_heads)
     first = tile * F.tile_q
     q_idx = indices(first, q_len, F.tile_q, True)[:, None]
-    q_rows = load_rows(q, b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q, True, F.tma)
+    q_rows = load_rows(q, b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q, True)
     head = MODS.mod_head(b, h, args)
     rows = MODS.mod_rows(b, h, q_idx, args, head)
     TILE_Q: tl.constexpr = F.tile_q

@@ -1,9 +1,9 @@
 """What the Triton kernels share: tiles of rows, products over chunks, the walk over blocks.
 
-A tensor x is (pointer, stride of batches, of heads, of rows) with contiguous columns, or a TMA
-descriptor of [batch, head, row, column]. The columns of a tile are held as a tuple of chunks, so
-that 96 columns are three chunks of 32 and not 128. Runs of blocks are (offsets, start, end, blocks
-before): see `RunTable`; full and partial blocks have a table each.
+A tensor x is (pointer, stride of batches, of heads, of rows) with contiguous columns. The columns
+of a tile are held as a tuple of chunks, so that 96 columns are three chunks of 32 and not 128.
+Runs of blocks are (offsets, start, end, blocks before): see `RunTable`; full and partial blocks
+have a table each.
 """
 
 import triton
@@ -18,24 +18,21 @@ def row_start(x, b, h, first):
 
 @triton.jit
 def load_rows(x, b, h, first, length, DIM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-              BOUNDED: tl.constexpr, TMA: tl.constexpr):
+              BOUNDED: tl.constexpr):
     """Rows first .. first + ROWS of x[b, h], as chunks of columns; 0 beyond `length`."""
     chunks = ()
     for c in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-        if TMA:
-            chunk = x.load([b, h, first, c * CHUNK]).reshape(ROWS, CHUNK)
+        row = tl.arange(0, ROWS)[:, None]
+        column = c * CHUNK + tl.arange(0, CHUNK)[None, :]
+        at = row_start(x, b, h, first) + row * x[3] + column
+        if BOUNDED and (c + 1) * CHUNK > DIM:
+            chunk = tl.load(at, mask=(first + row < length) & (column < DIM), other=0.0)
+        elif BOUNDED:
+            chunk = tl.load(at, mask=first + row < length, other=0.0)
+        elif (c + 1) * CHUNK > DIM:
+            chunk = tl.load(at, mask=column < DIM, other=0.0)
         else:
-            row = tl.arange(0, ROWS)[:, None]
-            column = c * CHUNK + tl.arange(0, CHUNK)[None, :]
-            at = row_start(x, b, h, first) + row * x[3] + column
-            if BOUNDED and (c + 1) * CHUNK > DIM:
-                chunk = tl.load(at, mask=(first + row < length) & (column < DIM), other=0.0)
-            elif BOUNDED:
-                chunk = tl.load(at, mask=first + row < length, other=0.0)
-            elif (c + 1) * CHUNK > DIM:
-                chunk = tl.load(at, mask=column < DIM, other=0.0)
-            else:
-                chunk = tl.load(at)
+            chunk = tl.load(at)
         chunks = chunks + (chunk,)
     return chunks
 
@@ -64,6 +61,15 @@ def scaled(chunks, factor):
     result = ()
     for c in tl.static_range(len(chunks)):
         result = result + (chunks[c] * factor[:, None],)
+    return result
+
+
+@triton.jit
+def times(chunks, factor):
+    """Every chunk multiplied by one number."""
+    result = ()
+    for c in tl.static_range(len(chunks)):
+        result = result + (chunks[c] * factor,)
     return result
 
 

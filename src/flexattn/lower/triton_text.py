@@ -14,7 +14,7 @@ import torch
 
 from flexattn.ir.graph import Graph, Node
 from flexattn.ir.ops import LEAVES, Op
-from flexattn.lower.separate import COLUMNS, HEAD, ROWS, Separation, levels
+from flexattn.lower.separate import COLUMNS, HEAD, ROWS, TILE, Separation, levels
 from flexattn.lower.triton_facts import CaptureFact, ModFacts, ReadFact, leaf_ranges
 from flexattn.lower.triton_ops import HALVES, TABLE, TYPE_NAMES, Context, literal
 
@@ -188,7 +188,8 @@ class Writer:
         for d in range(len(n.args)):
             index = self._wide(read, self._index(n, d))
             terms.append(index if read.capture.unit[d] else f"{index} * {read.argument}_stride{d}")
-        text = f"tl.load({' + '.join(terms)})"
+        gathered = self.level == TILE and self.role.context.target == "cuda"
+        text = f"{'math.gather' if gathered else 'tl.load'}({' + '.join(terms)})"
         return self.name(text + (".to(tl.float32)" if n.dtype in HALVES else ""), "load")
 
     def _wide(self, read: _Read, index: str) -> str:

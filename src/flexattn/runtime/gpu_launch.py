@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexattn.compile_triton import Binary, Source, binary
-from flexattn.runtime.call import Call, Result
+from flexattn.runtime.call import Call, Gradients, Result
 from flexattn.runtime.gpu_driver import Function, target
 from flexattn.runtime.gpu_mods import INTERPRETED
 
@@ -26,6 +26,14 @@ class Prepared(Protocol):
     """A kernel chosen and compiled for calls that agree in everything but values."""
 
     def run(self, call: Call) -> Result: ...
+
+
+@runtime_checkable
+class PreparedBackward(Protocol):
+    """The same of a backward."""
+
+    def run(self, call: Call, result: Result, d_out: Tensor,
+            d_lse: Tensor | None) -> Gradients: ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,10 @@ class Launch:
     @property
     def binary(self) -> Binary | None:
         return self._function.binary if self._function else None
+
+    def fresh(self, values: Sequence[Any], stream: int) -> None:
+        """A launch with the tensors among these values."""
+        self([values[slot] for slot in self._slots], stream)
 
     def __call__(self, tensors: Sequence[Tensor], stream: int) -> None:
         values = self._values.copy()

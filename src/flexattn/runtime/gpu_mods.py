@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,10 @@ class ModCode:
     graphs: tuple[Graph | None, Graph | None]
     gradient: Gradient | None = None
     _word: Any = field(default=None, compare=False, repr=False)
+
+    def argument_type(self) -> Any:
+        """Of `args`: a named tuple of the types of its fields."""
+        return namedtuple("arguments", self.fields)(*self.types)
 
     @property
     def reported(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,14 @@ import torch
 from torch import Tensor
 
 from flexattn.errors import DeviceError, DtypeError, message
-from flexattn.runtime import gpu_mods, launch_triton, launch_triton_decode
+from flexattn.runtime import (
+    gpu_mods,
+    launch_triton,
+    launch_triton_backward,
+    launch_triton_decode,
+)
 from flexattn.runtime.call import Call, Gradients, Result
-from flexattn.runtime.gpu_launch import Prepared, Refusal
+from flexattn.runtime.gpu_launch import Prepared, PreparedBackward, Refusal
 from flexattn.trace import Mod
 
 FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
@@ -31,6 +37,7 @@ FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHECK = os.environ.get("FLEXATTN_CHECK") == "1"
 _MOST_PREPARED = 4096
+_HERE = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class Choice:
 
 
 _choices: dict[tuple, Choice] = {}
+_backwards: dict[tuple, tuple[PreparedBackward, Any]] = {}
 
 
 def forward(call: Call) -> Result:
@@ -52,10 +60,15 @@ def forward(call: Call) -> Result:
     q = call.query
     if not (q.numel() and call.value.numel()):
         return _nothing_attended(call)
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            return _run(call)
-    return _run(call)
+    with _on(q.device):
+        return _run(call)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device the current one where it is not."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 def _run(call: Call) -> Result:
@@ -68,8 +81,27 @@ def _run(call: Call) -> Result:
 
 def backward(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
     """Gradients of the call's tensors."""
-    raise DeviceError(message("No backward kernel for this device yet.", expected="cpu",
-                              got=str(call.query.device), remedy="move the tensors to the CPU"))
+    if not (call.query.numel() and call.value.numel()):
+        return _no_gradients(call)
+    d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
+    d_lse = None if d_lse is None else d_lse.contiguous()
+    with _on(call.query.device):
+        return _backward_of(call, result, d_out, d_lse).run(call, result, d_out, d_lse)
+
+
+def _backward_of(call: Call, result: Result, d_out: Tensor,
+                 d_lse: Tensor | None) -> PreparedBackward:
+    key = (*_key(call), d_out.stride(), d_out.data_ptr() & 15, d_lse is None,
+           launch_triton_backward.deterministic(call))
+    found = _backwards.get(key)
+    if found is None:
+        if len(_backwards) >= _MOST_PREPARED:
+            _backwards.clear()
+        prepared = launch_triton_backward.prepare(call, result, d_out, d_lse)
+        if isinstance(prepared, Refusal):
+            raise _no_kernel([("triton", prepared.reason)])
+        found = _backwards[key] = (prepared, (call.score, call.mask))
+    return found[0]
 
 
 def choice(call: Call) -> Choice:
@@ -95,8 +127,12 @@ def _chosen(call: Call) -> Choice:
         if isinstance(prepared, Prepared):
             return Choice(name, prepared, tuple(refusals), (call.score, call.mask))
         refusals.append((name, prepared.reason))
-    raise DeviceError(message("No GPU kernel takes this call.", expected="a kernel that fits",
-                              got="; ".join(f"{name}: {why}" for name, why in refusals)))
+    raise _no_kernel(refusals)
+
+
+def _no_kernel(refusals: list[tuple[str, str]]) -> DeviceError:
+    return DeviceError(message("No GPU kernel takes this call.", expected="a kernel that fits",
+                               got="; ".join(f"{name}: {why}" for name, why in refusals)))
 
 
 def _key(call: Call) -> tuple:
@@ -129,3 +165,10 @@ def _nothing_attended(call: Call) -> Result:
 
     return Result(q.new_zeros(*q.shape[:3], call.value.shape[-1]), rows(call.want_lse),
                   rows(call.want_max_scores))
+
+
+def _no_gradients(call: Call) -> Gradients:
+    captures = call.score.captures if call.score else ()
+    query, key, value = (torch.zeros_like(t) for t in (call.query, call.key, call.value))
+    return Gradients(query, key, value, tuple(
+        torch.zeros_like(t) if t.requires_grad else None for t in captures))

@@ -6,7 +6,6 @@ nothing but a GPU whose shared memory holds none of the tiles.
 
 from __future__ import annotations
 
-from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +27,8 @@ from flexattn.runtime.gpu_mods import (
 )
 from flexattn.runtime.gpu_tables import Tables, tables
 
-_TENSOR = ("i64", "i64", "i64")  # strides of batches, heads and rows
-_TABLE = ("*i32", "*i32", "*i32", "*i64")
+TENSOR = ("i64", "i64", "i64")  # strides of batches, heads and rows
+TABLE = ("*i32", "*i32", "*i32", "*i64")
 _SECOND_LEVEL_SHARE = 2 / 3  # of the cache that keys and values of a section may fill
 
 
@@ -89,15 +88,14 @@ class ForwardPlan:
         from flexattn.kernels.triton_forward import forward
 
         pointer = f"*{TYPES[self.dtype]}"
-        tensor = (pointer, *_TENSOR)
-        table = _TABLE if self.facts.sparse else "constexpr"
-        arguments = namedtuple("arguments", self.code.fields)  # type: ignore[misc]
+        tensor = (pointer, *TENSOR)
+        table = TABLE if self.facts.sparse else "constexpr"
         signature = {
             "q": tensor, "k": tensor, "v": tensor, "out": tensor,
             "lse": "*fp32" if self.want_lse else "constexpr",
             "max_scores": "*fp32" if self.want_max_scores else "constexpr",
             "full": table, "partial": table, "sizes": ("i32",) * 7, "blocks": ("i32",) * 2,
-            "scale": "fp32", "args": arguments(*self.code.types), "MODS": "constexpr",
+            "scale": "fp32", "args": self.code.argument_type(), "MODS": "constexpr",
             "F": "constexpr"}
         constants = {"lse": None, "max_scores": None, "full": None, "partial": None,
                      "MODS": load(self.code.text), "F": self.facts}
