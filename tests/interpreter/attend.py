@@ -19,11 +19,17 @@ def tensors(batch, kv_heads, group, q_len, kv_len, dims, dtype=torch.float32, kv
             torch.randn(kv_batch, kv_heads, kv_len, dims[1], dtype=dtype))
 
 
+def make_call(q, k, v, score_mod, mask, scale, aux, options):
+    """A validated call; the default scale where it is None."""
+    return _call(q, k, v, score_mod, mask, q.shape[-1] ** -0.5 if scale is None else scale, aux,
+                 options)
+
+
 def call_of(q, k, v, score_mod=None, mask_mod=None, block=16, scale=None, options=None):
     """A validated call that wants lse and max_scores."""
     mask = mask_mod and create_block_mask(mask_mod, q.shape[0], q.shape[1], q.shape[2],
                                           k.shape[2], BLOCK_SIZE=block)
-    return _call(q, k, v, score_mod, mask, scale, AuxRequest(True, True), options or {})
+    return make_call(q, k, v, score_mod, mask, scale, AuxRequest(True, True), options or {})
 
 
 def check(q, k, v, score_mod=None, mask_mod=None, tolerance=2e-5, scale=None, block=16):

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from flexattn import create_block_mask
-from flexattn.attention import AuxRequest, _call
+from flexattn.attention import AuxRequest
 from flexattn.errors import IndexOutOfRangeError
 from flexattn.reference import attention
 from flexattn.runtime import launch_gpu, launch_triton_decode
 from flexattn.runtime.gpu_launch import Refusal
 from flexattn.runtime.launch_triton_decode import packed_heads, prepare
+from tests.interpreter.attend import make_call
 
 ALL = AuxRequest(True, True)
 
@@ -32,7 +33,7 @@ def check(q, k, v, score_mod=None, mask_mod=None, *, block=32, tolerance=2e-5, s
     are to be dealt out."""
     mask = mask_mod and create_block_mask(mask_mod, q.shape[0], mask_heads, q.shape[2], k.shape[2],
                                           BLOCK_SIZE=block)
-    call = _call(q, k, v, score_mod, mask, scale, ALL, {})
+    call = make_call(q, k, v, score_mod, mask, scale, ALL, {})
     chosen = launch_gpu.choice(call)
     assert chosen.kernel == "triton decode"
     if splits is not None:
@@ -111,7 +112,7 @@ def test_rows_that_attend_to_nothing():
     mask = create_block_mask(lambda b, h, q_idx, kv_idx: (q_idx % 2 == 1) & (b == 1), 2, None, 4,
                              100, BLOCK_SIZE=32)
     for score_mod in (None, softcap):
-        found = launch_gpu.forward(_call(q, k, v, score_mod, mask, None, ALL, {}))
+        found = launch_gpu.forward(make_call(q, k, v, score_mod, mask, None, ALL, {}))
         empty = torch.ones(2, 2, 4, dtype=torch.bool)
         empty[1, :, 1::2] = False
         assert (found.out[empty] == 0).all() and (found.lse[empty] == -math.inf).all()
@@ -129,7 +130,7 @@ def test_strides_and_scales(rng):
 
 def test_a_read_out_of_range_is_reported():
     table = torch.randn(20)
-    call = _call(*tensors(1, 1, 1, 1, 30, (16, 16)),
+    call = make_call(*tensors(1, 1, 1, 1, 30, (16, 16)),
                  lambda score, b, h, q_idx, kv_idx: score + table[kv_idx], None, None, ALL, {})
     launch_gpu.forward(call)
     with pytest.raises(IndexOutOfRangeError, match=r"captured tensor 0 \(shape \(20,\)\)"):
@@ -142,5 +143,5 @@ def test_more_splits_than_are_read_at_a_time(monkeypatch):
 
 
 def test_many_queries_are_refused():
-    found = prepare(_call(*tensors(1, 1, 1, 17, 30, (16, 16)), None, None, None, ALL, {}))
+    found = prepare(make_call(*tensors(1, 1, 1, 17, 30, (16, 16)), None, None, None, ALL, {}))
     assert isinstance(found, Refusal) and "17 queries" in found.reason

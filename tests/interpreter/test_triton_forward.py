@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from flexattn import create_block_mask
-from flexattn.attention import AuxRequest, _call
+from flexattn.attention import AuxRequest
 from flexattn.errors import IndexOutOfRangeError
 from flexattn.runtime import launch_gpu
-from tests.interpreter.attend import check, tensors
+from tests.interpreter.attend import check, make_call, tensors
 
 
 def softcap(score, b, h, q_idx, kv_idx):
@@ -49,7 +49,7 @@ def test_rows_that_attend_to_nothing_give_zero_and_minus_infinity():
     q, k, v = tensors(1, 1, 1, 40, 40, (16, 16))
     mask = create_block_mask(lambda b, h, q_idx, kv_idx: (q_idx % 3 > 0) & (q_idx < 30), None,
                              None, 40, 40, BLOCK_SIZE=16)
-    found = launch_gpu.forward(_call(q, k, v, None, mask, None, AuxRequest(True, True), {}))
+    found = launch_gpu.forward(make_call(q, k, v, None, mask, None, AuxRequest(True, True), {}))
     rows = torch.arange(40)
     empty = (rows % 3 == 0) | (rows >= 30)
     assert (found.out[0, 0, empty] == 0).all() and (found.lse[0, 0, empty] == -math.inf).all()
@@ -76,20 +76,21 @@ def test_negative_and_zero_scales_and_strides():
 def test_a_read_out_of_range_is_reported_at_the_next_call(rng):
     table = torch.randn(20)
     q, k, v = tensors(1, 1, 1, 30, 20, (16, 16))
-    call = _call(q, k, v, lambda score, b, h, q_idx, kv_idx: score + table[q_idx], None, None,
-                 AuxRequest(), {})
+    call = make_call(q, k, v, lambda score, b, h, q_idx, kv_idx: score + table[q_idx], None, None,
+                     AuxRequest(), {})
     launch_gpu.forward(call)
     with pytest.raises(IndexOutOfRangeError, match=r"captured tensor 0 \(shape \(20,\)\)"):
         launch_gpu.forward(call)
     fine = create_block_mask(lambda b, h, q_idx, kv_idx: q_idx < 20, None, None, 30, 20,
                              BLOCK_SIZE=16)
     for _ in range(2):  # where nothing is attended, nothing is reported
-        launch_gpu.forward(_call(q, k, v, lambda score, b, h, q_idx, kv_idx: score + table[q_idx],
-                                 fine, None, AuxRequest(), {}))
+        launch_gpu.forward(make_call(
+            q, k, v, lambda score, b, h, q_idx, kv_idx: score + table[q_idx], fine, None,
+            AuxRequest(), {}))
 
 
 def test_no_keys():
     q, k, v = tensors(1, 2, 1, 5, 0, (16, 8))
-    found = launch_gpu.forward(_call(q, k, v, None, None, None, AuxRequest(True, True), {}))
+    found = launch_gpu.forward(make_call(q, k, v, None, None, None, AuxRequest(True, True), {}))
     assert (found.out == 0).all() and found.out.shape == (1, 2, 5, 8)
     assert (found.lse == -math.inf).all() and (found.max_scores == -math.inf).all()

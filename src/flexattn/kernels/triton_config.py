@@ -106,9 +106,17 @@ _FORWARD: dict[int, tuple[TritonConfig, ...]] = {
 }
 
 
+def _exact_config(head_dim: int, value_dim: int) -> TritonConfig:
+    """float32 without tensor cores: a thread multiplies numbers of its own registers."""
+    width = max(head_dim, value_dim)
+    return TritonConfig(32, 32, 8, 1) if width <= 128 else TritonConfig(16, 16, 8, 1)
+
+
 def forward_configs(backend: str, arch: int | str, head_dim: int, value_dim: int,
-                    bytes_each: int) -> tuple[TritonConfig, ...]:
-    """Configs of the forward kernel."""
+                    bytes_each: int, exact: bool = False) -> tuple[TritonConfig, ...]:
+    """Configs of the forward kernel. exact: float32 products are not rounded to tf32."""
+    if exact:
+        return (_exact_config(head_dim, value_dim),)
     width = max(head_dim, value_dim) * bytes_each // 2
     found = next(configs for most, configs in _FORWARD.items() if width <= most)
     if backend == "hip" or (isinstance(arch, int) and arch not in (80, 90, 100, 103)):
@@ -137,7 +145,10 @@ _BACKWARD: dict[int, tuple[_Pair, ...]] = {
 
 
 def backward_configs(backend: str, arch: int | str, head_dim: int, value_dim: int,
-                     bytes_each: int) -> tuple[_Pair, ...]:
+                     bytes_each: int, exact: bool = False) -> tuple[_Pair, ...]:
     """Configs of the kernels of dk and dv, and of dq."""
+    if exact:
+        config = _exact_config(head_dim, value_dim)
+        return ((config, config),)
     width = max(head_dim, value_dim) * bytes_each // 2
     return next(configs for most, configs in _BACKWARD.items() if width <= most)

@@ -81,7 +81,8 @@ def _configs(call: Call, where: Any) -> Sequence[tuple[TritonConfig, TritonConfi
         small = TritonConfig(16, 16, 4, 1)
         return [(small, small)]
     return backward_configs(where.backend, where.arch, call.query.shape[-1],
-                            call.value.shape[-1], call.query.element_size())
+                            call.value.shape[-1], call.query.element_size(),
+                            precision(call.query.dtype) == "ieee")
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class _Backward:
         return [self._prepare, self._keys, self._queries, *self._scatters.values()]
 
     def run(self, call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
-        call = with_rows(call)
+        given, call = call, with_rows(call)
         memory, stream = self._buffers(call), stream_of(call.query)
         self._prepare.fresh(_prepare_values(call, result, d_out, d_lse, memory), stream)
         self._keys.fresh(self._key_values(call, d_out, memory), stream)
@@ -204,7 +205,7 @@ class _Backward:
         self._queries.fresh(self._query_values(call, d_out, memory), stream)
         for i, launch in self._scatters.items():
             self._scatter(call, memory, i, launch, stream)
-        return self._gradients(call, memory)
+        return self._gradients(given, memory)
 
     def _units(self, peaks: Tensor) -> Tensor:
         """So that the sum of all pairs fits an integer: units of a sum are 1 / this."""
@@ -329,7 +330,7 @@ class _Backward:
                      if n.attr == slot]
             total = sum(found[1:], found[0]).to(tensor.dtype) if found else None
             captures.append(torch.zeros_like(tensor) if total is None and tensor.requires_grad
-                            else total)
+                            else None if total is None else total.to(tensor.device))
         return Gradients(memory.dq, dk, dv, tuple(captures))
 
     def _total(self, memory: _Buffers, read: int) -> Tensor:

@@ -1,0 +1,202 @@
+"""flex_attention on a GPU, forward and gradients, against the float64 oracle.
+
+The error is at most 1.5 times that of the same formula written out in the same dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import flexattn
+from flexattn.errors import IndexOutOfRangeError
+from flexattn.reference import attention
+from flexattn.runtime import gpu_mods, launch_gpu
+from tests.gpu import cases
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def run(case, deterministic=False):
+    """(out, lse, gradients...) of ours, of the formula in the same dtype, and of float64."""
+    (heads, kv_heads), (q_len, kv_len), dims = case["heads"], case["lengths"], case["dims"]
+    mods = cases.mods(case["mod"], case["mask"], heads, case["lengths"])
+    shapes = ((2, heads, q_len, dims[0]), (2, kv_heads, kv_len, dims[0]),
+              (2, kv_heads, kv_len, dims[1]))
+    inputs = [torch.randn(s, device="cuda", dtype=case["dtype"], requires_grad=True)
+              for s in shapes]
+    block = mods.mask_mod and flexattn.create_block_mask(mods.mask_mod, 2, heads, q_len, kv_len,
+                                                         device="cuda")
+    d_out = torch.randn(2, heads, q_len, dims[1], device="cuda", dtype=case["dtype"])
+    d_lse = torch.randn(2, heads, q_len, device="cuda")
+
+    def ours(q, k, v):
+        out, aux = flexattn.flex_attention(
+            q, k, v, mods.score_mod, block, enable_gqa=True,
+            return_aux=flexattn.AuxRequest(lse=True),
+            kernel_options={"deterministic": deterministic})
+        return out, aux.lse
+
+    def formula(dtype):
+        return lambda q, k, v: attention(q, k, v, mods.score_mod, mods.mask_mod, None, dtype)[:2]
+
+    def results(function, dtype):
+        q, k, v = (t.detach().to(dtype).requires_grad_() for t in inputs)
+        out, lse = function(q, k, v)
+        loss = (out * d_out.to(dtype)).sum() + torch.where(lse.isinf(), 0.0, lse * d_lse).sum()
+        return [out, lse, *torch.autograd.grad(loss, [q, k, v, *mods.trained])]
+
+    return [results(ours, case["dtype"]), results(formula(case["dtype"]), case["dtype"]),
+            results(formula(torch.float64), torch.float64)]
+
+
+def error(found, wanted):
+    """Relative, in the norm; rows that attend to nothing must agree exactly."""
+    same = wanted.isinf()
+    assert torch.equal(found.isinf(), same), "other rows attend to nothing"
+    found, wanted = (torch.where(same, 0.0, t.double()) for t in (found, wanted))
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+
+
+NAMES = ("out", "lse", "dq", "dk", "dv", "captured 0", "captured 1")
+
+
+@pytest.mark.parametrize("case", cases.pairwise(), ids=cases.name)
+def test_pairwise(case, seed):
+    torch.manual_seed(seed)
+    ours, eager, exact = run(case)
+    for name, x, y, z in zip(NAMES, ours, eager, exact, strict=False):
+        mine, theirs = error(x, z), error(y, z)
+        assert mine <= 1.5 * theirs + 2e-6, f"{name}: {mine:.2e}, written out {theirs:.2e}"
+
+
+@pytest.mark.parametrize("mod", ["alibi", "relative_bias", "pair_bias", "buckets"])
+def test_deterministic_gradients_have_the_same_bits(mod, seed):
+    case = dict(mod=mod, mask="causal", dtype=torch.bfloat16, dims=(64, 64), heads=(8, 2),
+                lengths=(1000, 1000))
+    found = []
+    for _ in range(4):
+        torch.manual_seed(seed)
+        found.append(run(case, deterministic=True)[0])
+    for again in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], again, strict=True))
+
+
+def test_the_same_call_gives_the_same_bits(seed):
+    """A race would show as results that differ between runs."""
+    torch.manual_seed(seed)
+    q, k, v = (torch.randn(2, 8, 2000, 128, device="cuda", dtype=torch.bfloat16,
+                           requires_grad=True) for _ in range(3))
+    block = flexattn.create_block_mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, None, None,
+                                       2000, 2000, device="cuda")
+    d_out = torch.randn_like(q)
+    runs = []
+    for _ in range(20):
+        out = flexattn.flex_attention(q, k, v, block_mask=block)
+        runs.append([out, *torch.autograd.grad(out, (q, k, v), d_out)])
+    assert all(torch.equal(x, y) for again in runs[1:] for x, y in zip(runs[0], again, strict=True))
+
+
+def test_nothing_is_written_outside_of_the_output(monkeypatch):
+    """Canaries around the output of odd shapes."""
+    rooms = []
+
+    def empty(q, value_dim):
+        room = torch.full((q.shape[0] * q.shape[1] * q.shape[2] * value_dim + 2048,), 7.0,
+                          device="cuda", dtype=q.dtype)
+        rooms.append(room)
+        return room[1024:-1024].view(*q.shape[:3], value_dim)
+
+    monkeypatch.setattr("flexattn.runtime.launch_triton.like_query", empty)
+    q, k, v = (torch.randn(1, 3, 77, 40, device="cuda", dtype=torch.float16) for _ in range(3))
+    out = flexattn.flex_attention(q, k, v)
+    for room in rooms:
+        assert (room[:1024] == 7).all() and (room[-1024:] == 7).all()
+    assert error(out, attention(q, k, v, dtype=torch.float64)[0]) < 2e-3
+
+
+def test_views_whose_rows_are_not_aligned():
+    wide = torch.randn(3, 2, 2, 100, 71, device="cuda", dtype=torch.bfloat16)
+    q, k, v = wide[..., 3:67]
+    assert error(flexattn.flex_attention(q, k, v),
+                 attention(q, k, v, dtype=torch.float64)[0]) < 1e-2
+
+
+def test_a_read_out_of_range_is_reported():
+    table = torch.randn(50, device="cuda")
+    q, k, v = torch.randn(3, 1, 2, 100, 64, device="cuda", dtype=torch.bfloat16)
+    flexattn.flex_attention(q, k, v, lambda score, b, h, q_idx, kv_idx: score + table[q_idx])
+    torch.cuda.synchronize()
+    with pytest.raises(IndexOutOfRangeError, match="captured tensor 0"):
+        flexattn.flex_attention(q, k, v)
+    flexattn.flex_attention(q, k, v)
+    gpu_mods.check()
+
+
+def test_cuda_graphs_and_streams():
+    q, k, v = torch.randn(3, 1, 4, 300, 64, device="cuda", dtype=torch.bfloat16)
+    slopes = torch.randn(4, device="cuda")
+
+    def mod(score, b, h, q_idx, kv_idx):
+        return score + slopes[h] * (q_idx - kv_idx)
+
+    wanted = flexattn.flex_attention(q, k, v, mod)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flexattn.flex_attention(q, k, v, mod)
+    captured.fill_(math.nan)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, wanted)
+    q.mul_(2)
+    graph.replay()
+    assert torch.equal(captured, flexattn.flex_attention(q, k, v, mod))
+    with torch.cuda.stream(torch.cuda.Stream()) as _:
+        again = flexattn.flex_attention(q, k, v, mod)
+    torch.cuda.synchronize()
+    assert torch.equal(again, captured)
+
+
+def test_lengths_batches_and_values_compile_nothing():
+    from flexattn import compile_triton
+
+    counts = []
+    for i in range(12):
+        q, k, v = torch.randn(3, 1 + i % 3, 2, 100 + 37 * i, 64, device="cuda",
+                              dtype=torch.bfloat16)
+        table = torch.randn(5000 + i, device="cuda")
+        flexattn.flex_attention(q, k, v, lambda score, b, h, q_idx, kv_idx, c=1.5 + i, t=table:
+                                c * torch.tanh(score / c) + t[q_idx])
+        counts.append(len(compile_triton._binaries))
+    assert counts[2] == counts[-1], "the number became a run-time value at its second one"
+
+
+def test_more_than_2_to_the_31_elements():
+    q = torch.randn(1, 1, 64, 128, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, 1, 17_000_000, 128, device="cuda", dtype=torch.bfloat16)
+    keep = 16_999_000
+    block = flexattn.create_block_mask(lambda b, h, q_idx, kv_idx: kv_idx >= keep, None, None, 64,
+                                       17_000_000, device="cuda")
+    out = flexattn.flex_attention(q, k, v, block_mask=block)
+    wanted = attention(q, k[:, :, keep:], v[:, :, keep:], dtype=torch.float64)[0]
+    assert error(out, wanted) < 1e-2
+
+
+def test_memory_is_of_the_order_of_rows():
+    q, k, v = torch.randn(3, 1, 1, 131072, 64, device="cuda", dtype=torch.bfloat16)
+    flexattn.flex_attention(q[:, :, :256], k[:, :, :256], v[:, :, :256])
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = flexattn.flex_attention(q, k, v)
+    extra = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
+    assert extra <= 16 * q.shape[2]
+
+
+def test_which_kernel_serves_a_call_is_said():
+    from flexattn.attention import AuxRequest, _call
+
+    q = torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.float32)
+    call = _call(q, q, q, None, None, None, AuxRequest(), {})
+    assert launch_gpu.choice(call).kernel == "triton"
