@@ -110,7 +110,7 @@ def stacked(tables: list[RunTable], batch: int, heads: int, num_rows: int) -> Ru
 def runs_of_kinds(kinds: Tensor, row_block: int, col_block: int) -> RunTable:
     """The table of `kinds` uint8 [batch, heads, rows, columns] (EMPTY, PARTIAL or FULL)."""
     batch, heads, rows, columns = kinds.shape
-    return run_table(pieces_of_kinds(kinds.reshape(-1, columns)), columns, batch, heads, rows,
+    return run_table(pieces_of_kinds(kinds.flatten(0, 2)), columns, batch, heads, rows,
                      row_block, col_block)
 
 

@@ -21,7 +21,7 @@ from flexattn.ir.mod import Mod
 
 _TRUE, _FALSE, _BOTH = 1, 2, 3  # elements seen
 _SPLIT = 4  # parts along each axis
-_FOLLOWED = 8  # undecided parts of one block
+_FOLLOWED = (8, 128)  # undecided parts of one block, at first and where those were too few
 _EXAMPLES = 64
 _POINTS = ((0.0, 1.0), (0.07, 0.37, 0.58, 0.89))  # of a block's sides
 _ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # evaluated at once
@@ -138,25 +138,26 @@ class Undecided:
         return _bits(attended.any(2).any(1), ~attended.all(2).all(1))
 
     def _by_parts(self, blocks: Blocks, seen: Tensor) -> Tensor:
-        step = max(self.elements // (_SPLIT**2 * _FOLLOWED), 1)
-        kinds = []
-        for first in range(0, len(blocks), step):
-            some = blocks[first : first + step]
-            found, lost = self._followed(some, seen[first : first + step].clone())
-            rest = (lost & (found != _BOTH)).nonzero().squeeze(1)
-            self.found.split += len(some) - len(rest)
-            if len(rest):
-                self._note(some[rest])
-                found[rest] = self._evaluated(some[rest])
-            kinds.append(torch.where(found == _BOTH, PARTIAL, torch.where(found == _TRUE, FULL,
-                                                                          EMPTY)))
-        return torch.cat(kinds).to(torch.uint8)
+        left = torch.arange(len(blocks), device=self.device)
+        for most in _FOLLOWED:
+            if most * _SPLIT**3 > self.grid.q_block * self.grid.kv_block:
+                break  # no cheaper than all elements
+            step = max(self.elements // (_SPLIT**2 * most), 1)
+            lost = torch.cat([self._followed(blocks, seen, some, most)
+                              for some in left.split(step)]) if len(left) else left
+            left = lost
+        self.found.split += len(blocks) - len(left)
+        if len(left):
+            self._note(blocks[left])
+            seen[left] = self._evaluated(blocks[left])
+        return torch.where(seen == _BOTH, PARTIAL, torch.where(seen == _TRUE, FULL, EMPTY)).to(
+            torch.uint8)
 
-    def _followed(self, blocks: Blocks, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """What proofs over ever smaller parts show, and where parts were left out of them."""
-        owner = torch.arange(len(blocks), device=self.device)
+    def _followed(self, blocks: Blocks, seen: Tensor, some: Tensor, most: int) -> Tensor:
+        """Proofs over ever smaller parts of some blocks, at most `most` undecided ones of each;
+        gives the blocks that stay undecided."""
         lost = torch.zeros(len(blocks), dtype=torch.bool, device=self.device)
-        parts, sizes = blocks, (self.grid.q_block, self.grid.kv_block)
+        parts, owner, sizes = blocks[some], some, (self.grid.q_block, self.grid.kv_block)
         while len(parts) and sizes != (1, 1):
             sizes = (-(-sizes[0] // _SPLIT), -(-sizes[1] // _SPLIT))
             parts, owner = self._split(parts, owner, sizes, seen)
@@ -164,11 +165,11 @@ class Undecided:
             parts, owner = parts[keep], owner[keep]
             counts = torch.bincount(owner, minlength=len(blocks))
             before = counts.cumsum(0) - counts
-            keep = torch.arange(len(owner), device=self.device) - before[owner] < _FOLLOWED
+            keep = torch.arange(len(owner), device=self.device) - before[owner] < most
             lost[owner[~keep]] = True
             parts, owner = parts[keep], owner[keep]
         lost[owner] = True
-        return seen, lost
+        return some[(lost & (seen != _BOTH))[some]]
 
     def _split(self, blocks: Blocks, owner: Tensor, sizes: tuple[int, int], seen: Tensor
                ) -> tuple[Blocks, Tensor]:

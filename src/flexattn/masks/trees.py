@@ -40,6 +40,7 @@ def tree(parents: Tensor, prefix_length: int | Tensor = 0) -> MaskMod:
         node = torch.clamp(kv_idx - cached, 0, nodes - 1)
         position = enter_of(b, q_idx)
         ancestor = (enter_of(b, node) <= position) & (position < leave_of(b, node))
+        ancestor = (node <= q_idx) & ancestor  # implied, but not to the proof of block masks
         return (kv_idx < cached) | (ancestor & (kv_idx < cached + nodes))
 
     return mask
@@ -77,6 +78,7 @@ def tree_training(text_length: int, parents: Tensor, anchor: Tensor) -> MaskMod:
     def mask(b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Tensor:
         position = enter_of(b, q_idx)
         ancestor = (enter_of(b, kv_idx) <= position) & (position < leave_of(b, kv_idx))
+        ancestor = (kv_idx <= q_idx) & ancestor  # implied, but not to the proof of block masks
         return (kv_idx <= seen_of(b, q_idx)) | ancestor
 
     return mask
