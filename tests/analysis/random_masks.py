@@ -82,7 +82,7 @@ class RandomMask:
             lambda *i: x(*i) | y(*i), lambda *i: x(*i) ^ y(*i), lambda *i: x(*i) >> shift,
             lambda *i: x(*i) << shift, lambda *i: x(*i) + c, lambda *i: x(*i) * c,
             lambda *i: torch.where(x(*i) < c, x(*i), y(*i)), lambda *i: x(*i).to(torch.int32) * c,
-            lambda *i: torch.clamp(x(*i), 3, c + 3), lambda *i: (x(*i) * c).to(torch.int8),
+            lambda *i: torch.clamp(x(*i), 3, c + 3), lambda *i: (x(*i) * c).to(torch.int8).long(),
         ])
 
     def leaf(self) -> Expression:
