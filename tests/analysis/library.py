@@ -129,7 +129,7 @@ LIBRARY = {
         torch.randint(0, max(q, 2), (b, -(-k // 50), 2)).sort(-1).values, 50),
     "tree": lambda r, b, h, q, k: tree(*random_tree(r, q, k)),
     "tree_training": lambda r, b, h, q, k: random_training_tree(r, max(q, k)),
-    "random_blocks": lambda r, b, h, q, k: random_blocks(max(q, k), 16, 2, r.randint(0, 99)),
+    "random_blocks": lambda r, b, h, q, k: random_blocks(max(q, k) + 32, 16, 2, r.randint(0, 99)),
     "bigbird": lambda r, b, h, q, k: bigbird(max(q, k) + 100, 32, 2, seed=r.randint(0, 99)),
     "per_head": lambda r, b, h, q, k: per_head(torch.randint(0, 4, (h,)), causal, band(
         r.randint(0, 90), 5), prefix_lm(9)),
