@@ -99,7 +99,7 @@ def test_code_that_was_compiled_with_torchs_is_compiled_anew(
 
     calls = []
     ours = routes.flex_attention
-    monkeypatch.setattr(routes, "flex_attention", lambda *a: calls.append(1) or ours(*a))
+    monkeypatch.setattr(routes, "flex_attention", lambda **k: calls.append(1) or ours(**k))
     tensors = [t.detach() for t in inputs()]
     layer(*tensors)
     with flexattn.replace_torch():
@@ -107,6 +107,21 @@ def test_code_that_was_compiled_with_torchs_is_compiled_anew(
     assert len(calls) == 1
     layer(*tensors)
     assert len(calls) == 1
+
+
+def test_a_model_compiles_as_one_graph(replaced: None) -> None:
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def layer(*tensors: Tensor) -> Tensor:
+        length = tensors[0].shape[2]
+        mask = create_block_mask(and_masks(causal, window), None, None, length, length, "cpu")
+        return flex_attention(*tensors, block_mask=mask)
+
+    tensors = inputs()
+    got, wanted = layer(*tensors), by_the_formula(*tensors)
+    torch.testing.assert_close(got, wanted)
+    for one, other in zip(torch.autograd.grad(got.sum(), tensors),
+                          torch.autograd.grad(wanted.sum(), tensors), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_masks_are_instances_of_both_classes(replaced: None) -> None:

@@ -152,6 +152,27 @@ def test_packed_documents_are_as_alone(name: str, rng: np.random.Generator) -> N
     assert_close(packed, torch.cat(alone, 1), "logits")
 
 
+# torch.compile
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_a_training_step_compiles_as_one_graph(name: str) -> None:
+    """Masks made inside, softcap, windows, sinks."""
+    net = model(name, "flexattn")
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    tokens = torch.randint(3, VOCABULARY, (2, 70))
+    wanted = net(tokens, use_cache=False).logits
+    got = compiled(tokens, use_cache=False).logits
+    assert_close(got, wanted, "logits")
+    d_logits = torch.randn_like(got)
+    weights = [p for p in net.parameters() if p.requires_grad]
+    for one, other in zip(torch.autograd.grad(got, weights, d_logits, allow_unused=True),
+                          torch.autograd.grad(wanted, weights, d_logits, allow_unused=True),
+                          strict=True):
+        if other is not None and other.abs().max() > 1e-3:
+            assert_close(one, other, "gradient", 1e-4)
+
+
 # Mask tensors, mistakes, work done once
 
 

@@ -101,12 +101,13 @@ class BlockMask(Listings, Pictures):
     def element_mod(self) -> MaskMod:
         """What says alone which elements are attended: mask_mod, unless blocks were given that are
         not its own."""
-        if self._elements_of is None:
-            mod = self.mask_mod
-            if mod is None or not (self._proved or self._first_wrong_block() is None):
-                mod = inside_blocks(mod, self._kinds(), self.BLOCK_SIZE)
-            self._elements_of = mod
-        return self._elements_of
+        if self._elements_of is not None:
+            return self._elements_of
+        mod = self.mask_mod
+        if mod is None or not (self._proved or self._first_wrong_block() is None):
+            mod = inside_blocks(mod, self._kinds(), self.BLOCK_SIZE)
+        self._elements_of = mod
+        return mod  # not read back: Dynamo reads None of the first of two masks made in a graph
 
     def _of(self, mask_mod: MaskMod, shape: tuple[int, int, int, int], blocks: tuple[int, int]
             ) -> BlockMask:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from threading import Lock
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from flexattn.integrations.torch_block_mask import as_torch
 
 _lock = Lock()
 _active: list[Replacement] = []
-_originals: dict[str, tuple[Any, ...]] = {}
+_originals: dict[str, CodeType] = {}
 
 
 class Replacement:
@@ -70,47 +70,45 @@ def replace_torch() -> Replacement:
 def _take() -> None:
     from torch.nn.attention import flex_attention as module
 
-    for name, route in _ROUTES.items():
+    for name in _ROUTED:
         theirs = getattr(module, name)
-        _originals[name] = (theirs.__code__, theirs.__defaults__, theirs.__kwdefaults__)
-        signature = inspect.signature(theirs)
-        theirs.__code__, theirs.__defaults__, theirs.__kwdefaults__ = route.__code__, None, None
-        theirs.__signature__ = signature
+        _originals[name] = theirs.__code__
+        theirs.__code__ = _route(name, theirs)
 
 
 def _give_back() -> None:
     from torch.nn.attention import flex_attention as module
 
     for name, original in _originals.items():
-        theirs = getattr(module, name)
-        theirs.__code__, theirs.__defaults__, theirs.__kwdefaults__ = original
-        del theirs.__signature__
+        getattr(module, name).__code__ = original
 
 
-# What torch's functions do meanwhile. Their code runs with the globals of torch's module.
+def _route(name: str, theirs: Callable) -> CodeType:
+    """Code that calls ours. It has the parameters of torch's function, whose defaults stay and
+    whose signature Dynamo remembers, and runs with the globals of torch's module."""
+    kinds = inspect.signature(theirs).parameters.values()
+    plain = [p.name for p in kinds if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keywords = [p.name for p in kinds if p.kind is p.KEYWORD_ONLY]
+    assert len(plain) + len(keywords) == len(kinds), name
+    parameters = ", ".join([*plain, *(["*"] if keywords else []), *keywords])
+    given = ", ".join(f"{p}={p}" for p in (*plain, *keywords))
+    text = (f"def {name}({parameters}):\n"
+            f"    from flexattn.integrations.replace_torch import {name} as ours\n"
+            f"    return ours({given})\n")
+    made: dict[str, Any] = {}
+    exec(compile(text, __file__, "exec"), made)
+    return made[name].__code__
 
 
-def _flex_attention(*args: Any, **kwargs: Any) -> Any:
-    from flexattn.integrations.replace_torch import flex_attention as ours
-
-    return ours(*args, **kwargs)
+_ROUTED = ("flex_attention", "create_block_mask")
 
 
-def _create_block_mask(*args: Any, **kwargs: Any) -> Any:
-    from flexattn.integrations.replace_torch import create_block_mask as ours
-
-    return ours(*args, **kwargs)
+# What torch's functions do meanwhile
 
 
-_ROUTES: dict[str, Any] = {
-    "flex_attention": _flex_attention,
-    "create_block_mask": _create_block_mask,
-}
-
-
-def flex_attention(*args: Any, return_aux: Any = None, **kwargs: Any) -> Any:
+def flex_attention(*, return_aux: Any = None, **arguments: Any) -> Any:
     """flexattn.flex_attention, with torch's AuxOutput where auxiliary outputs are asked for."""
-    result = attention.flex_attention(*args, return_aux=return_aux, **kwargs)
+    result = attention.flex_attention(return_aux=return_aux, **arguments)
     if return_aux is None:
         return result
     from torch.nn.attention.flex_attention import AuxOutput
@@ -119,12 +117,9 @@ def flex_attention(*args: Any, return_aux: Any = None, **kwargs: Any) -> Any:
     return out, AuxOutput(lse=aux.lse, max_scores=aux.max_scores)
 
 
-@torch.compiler.disable
-def create_block_mask(mask_mod: Callable, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int,
-                      device: Any = None, *args: Any, **kwargs: Any) -> block_mask.BlockMask:
+def create_block_mask(*, device: Any = None, **arguments: Any) -> block_mask.BlockMask:
     """flexattn.create_block_mask, on torch's default device, as an instance of torch's class."""
-    return as_torch(block_mask.create_block_mask(mask_mod, B, H, Q_LEN, KV_LEN, _device(device),
-                                                 *args, **kwargs))
+    return as_torch(block_mask.create_block_mask(device=_device(device), **arguments))
 
 
 def _device(device: Any) -> Any:

@@ -10,11 +10,16 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
+
 from flexattn.block_mask import BlockMask, register
 
 
 def as_torch(mask: BlockMask) -> BlockMask:
-    """`mask`, also an instance of torch's class; its slices and copies are, too."""
+    """`mask`, also an instance of torch's class; its slices and copies are, too. Under
+    torch.compile, which follows no such class, it stays ours."""
+    if torch.compiler.is_compiling():
+        return mask
     cls = _class()
     if isinstance(mask, cls):
         return mask

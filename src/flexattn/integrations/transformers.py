@@ -75,6 +75,8 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
         return None
     mask = mask_function if real is None else and_masks(mask_function, _keys_in(real))
     mask = _shifted(mask, q_offset, kv_offset)
+    if torch.compiler.is_compiling():  # made in the graph, and not kept beyond it
+        return create_block_mask(mask, batch_size, None, q_length, kv_length, device=device)
     trace = trace_mask_mod(mask, device)
     batch = batch_size if "b" in specialize(trace).graph.inputs() else None
     sizes = (batch, q_length, kv_length, str(device))
