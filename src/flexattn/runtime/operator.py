@@ -146,7 +146,7 @@ def _block_runs(batch: int, heads: int, q_len: int, kv_len: int, q_block: int, k
     images = _images(mask, batch, heads)
     table = broadcast_rows(table, *images)
     return (table.offsets, table.start, table.end, table.full,
-            torch.empty(images, dtype=torch.int8, device=device))
+            torch.zeros(images, dtype=torch.int8, device=device))  # its shape is what counts
 
 
 def _images(mask: str, batch: int, heads: int) -> tuple[int, int]:
