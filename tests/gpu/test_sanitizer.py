@@ -1,0 +1,44 @@
+"""compute-sanitizer sees no wrong access in a small set of calls."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+SMALL_SET = """
+import torch, flexattn
+for q_len, kv_len, dim in ((1, 300, 64), (7, 130, 80), (200, 333, 64)):
+    q, k, v = (torch.randn(1, heads, n, dim, device="cuda", dtype=torch.bfloat16,
+               requires_grad=True) for heads, n in ((4, q_len), (2, kv_len), (2, kv_len)))
+    bias = torch.randn(4, q_len + kv_len, device="cuda", requires_grad=True)
+    mask = flexattn.create_block_mask(lambda b, h, i, j: (i + kv_len - q_len >= j) & (i % 5 > 0),
+                                      None, None, q_len, kv_len, device="cuda")
+    out = flexattn.flex_attention(q, k, v, lambda s, b, h, i, j: s + bias[h, i - j + kv_len], mask,
+                                  enable_gqa=True)
+    out.float().square().sum().backward()
+    flexattn.flex_attention(q, k, v, enable_gqa=True)
+torch.cuda.synchronize()
+print("done")
+"""
+FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_small_set(tool):
+    sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(
+        [os.environ.get("PATH", ""), *FOLDERS]))
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer")
+    from flexattn import compile
+
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+                                "FLEXATTN_CACHE_DIR": str(compile.cache_directory())}
+    subprocess.run([sys.executable, "-c", SMALL_SET], env=environment, check=True, timeout=200)
+    done = subprocess.run([sanitizer, "--tool", tool, "--error-exitcode", "3",
+                           sys.executable, "-c", SMALL_SET], env=environment, capture_output=True,
+                          text=True, timeout=280)
+    assert done.returncode == 0 and "done" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
