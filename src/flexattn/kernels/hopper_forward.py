@@ -14,7 +14,6 @@ may stick out of the keys, so only there positions are compared with kv_len; the
 blocks, and then the full ones, whose steps have no mask code.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from triton import constexpr_function
@@ -27,11 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from flexattn.kernels.hopper_pipeline import (
+    QUERIES,
     allocate,
     announced,
-    barrier_of_turn,
+    await_turn,
+    end_turn,
     get,
-    named_barrier,
     next_place,
     produce,
     release_all,
@@ -46,61 +46,6 @@ from flexattn.kernels.hopper_softmax import (
     next_softmax,
     statistics,
 )
-
-
-@dataclass(frozen=True)
-class ForwardConfig:
-    """What a kernel is compiled for.
-
-    consumers: warpgroups, of 64 queries each. An even number is one partition of warps (one copy
-    of the code), three are three. head_chunks x head_chunk columns of q and k, value_dim columns
-    of v: what TMA fills, with zeros beyond the tensor's. fold_scale: there is no score mod, and
-    the (positive) scale is part of the exponent's factor.
-    """
-
-    consumers: int
-    head_chunks: int
-    head_chunk: int
-    value_dim: int
-    tile_kv: int
-    stages: int
-    fold_scale: bool
-
-    @property
-    def partitions(self) -> int:
-        return self.consumers if self.consumers % 2 else 1
-
-    @property
-    def warps(self) -> int:
-        """Of a partition of consumers."""
-        return 4 * self.consumers // self.partitions
-
-    @property
-    def rows(self) -> int:
-        """Queries of a partition."""
-        return 16 * self.warps
-
-    @property
-    def tile_q(self) -> int:
-        return 64 * self.consumers
-
-    @property
-    def release_threads(self) -> int:
-        """Of the barriers at which the consumers give a buffer back to the producer."""
-        return 128 * self.consumers + 32
-
-    @property
-    def entry_registers(self) -> int:
-        """Registers per thread at the start; then the producer gives its own away."""
-        return 168 if self.consumers == 2 else 128
-
-    @property
-    def consumer_registers(self) -> int:
-        return 240 if self.consumers == 2 else 160
-
-    @property
-    def producer_registers(self) -> int:
-        return 24 if self.consumers == 2 else 32
 
 
 class Results(NamedTuple):
@@ -132,28 +77,27 @@ FULL = gl.constexpr(2)
 
 @constexpr_function
 def _scores_layout(C):
-    return gl.NVMMADistributedLayout([3, 0], [C.warps, 1], [16, C.tile_kv, 16])
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.tile_kv, 16])
 
 
 @constexpr_function
 def _out_layout(C):
-    return gl.NVMMADistributedLayout([3, 0], [C.warps, 1], [16, C.value_dim, 16])
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.value_dim, 16])
 
 
 @constexpr_function
 def _store_layout(C):
     """Of the output: as the tensor cores leave it, but 8 consecutive columns to a thread."""
     wide = [[0, 1 << i] for i in range(5, C.value_dim.bit_length() - 1)]
-    warps = [[16 << i, 0] for i in range(C.warps.bit_length() - 1)]
     return gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [8, 0], *wide], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        warps, [], [C.rows, C.value_dim])
+        [[16, 0], [32, 0]], [], [QUERIES, C.value_dim])
 
 
 @gluon.jit
 def _mod_of_tile(tile, first_row, sizes, args, C: gl.constexpr, MODS: gl.constexpr) -> Mod:
     rows: gl.constexpr = gl.SliceLayout(1, _scores_layout(C))
-    q_idx = first_row + gl.arange(0, C.rows, layout=rows)
+    q_idx = first_row + gl.arange(0, QUERIES, layout=rows)
     q_idx = gl.expand_dims(gl.minimum(q_idx, sizes.q_len - 1), 1)
     head = MODS.mod_head(tile.batch, tile.head, args)
     parts = (head, MODS.mod_rows(tile.batch, tile.head, q_idx, args, head))
@@ -171,22 +115,18 @@ def _scores(s, mod, block, whole, kv_len, scale, KIND: gl.constexpr, C: gl.const
     if KIND == FIRST:
         attended = kv_idx < kv_len
         kv_idx = gl.minimum(kv_idx, gl.maximum(kv_len - 1, 0))
-    if MODS is not None:
-        column_parts = MODS.mod_columns(mod.batch, mod.head, kv_idx, mod.args, mod.parts[0])
-        parts = (mod.parts[0], mod.parts[1], column_parts)
-        if MODS.mask_mod is not None and KIND != FULL:
-            mask = MODS.mask_mod(mod.batch, mod.head, mod.q_idx, kv_idx, mod.args, parts)
-            if KIND == FIRST:
-                mask = mask | (whole != 0)
-            attended = attended & mask
-        if MODS.score_mod is not None:
-            s = MODS.score_mod(s * scale, mod.batch, mod.head, mod.q_idx, kv_idx, attended,
-                               mod.args, parts)
-        elif not C.fold_scale:
-            s = s * scale
-    elif not C.fold_scale:
+    column_parts = MODS.mod_columns(mod.batch, mod.head, kv_idx, mod.args, mod.parts[0])
+    parts = (mod.parts[0], mod.parts[1], column_parts)
+    if MODS.mask_mod is not None and KIND != FULL:
+        mask = MODS.mask_mod(mod.batch, mod.head, mod.q_idx, kv_idx, mod.args, parts)
+        if KIND == FIRST:
+            mask = mask | (whole != 0)
+        attended = attended & mask
+    if not C.fold_scale:
         s = s * scale
-    if KIND == FIRST or (MODS is not None and MODS.mask_mod is not None and KIND == PARTIAL):
+    if MODS.score_mod is not None:
+        s = MODS.score_mod(s, mod.batch, mod.head, mod.q_idx, kv_idx, attended, mod.args, parts)
+    if KIND != FULL:
         s = gl.where(attended, s, -float("inf"))
     return s
 
@@ -194,7 +134,7 @@ def _scores(s, mod, block, whole, kv_len, scale, KIND: gl.constexpr, C: gl.const
 @gluon.jit
 def _start_scores(part: gl.constexpr, stage, shared, C: gl.constexpr):
     """Q K^T of the block of keys in this buffer."""
-    s = gl.zeros([C.rows, C.tile_kv], gl.float32, _scores_layout(C))
+    s = gl.full([QUERIES, C.tile_kv], 0.0, gl.float32, _scores_layout(C))
     for chunk in gl.static_range(gl.constexpr(C.head_chunks)):
         q = shared.q.index(part * C.head_chunks + chunk)
         k = shared.k.index(stage * C.head_chunks + chunk).permute((1, 0))
@@ -204,15 +144,15 @@ def _start_scores(part: gl.constexpr, stage, shared, C: gl.constexpr):
 
 @gluon.jit
 def _step(part: gl.constexpr, KIND: gl.constexpr, shared, stage, phase, o, p, top, total,
-          turn, next_turn, mod, kv_len, scale, to_base2, C: gl.constexpr, MODS: gl.constexpr):
+          mod, kv_len, scale, to_base2, C: gl.constexpr, MODS: gl.constexpr):
     """One more block: its scores and softmax, and the product of the block before."""
     before = stage
     stage, phase = next_place(stage, phase, C)
     mbarrier.wait(shared.k_full.index(stage), phase)
-    named_barrier("sync", turn, 256)
+    await_turn(part)
     s = _start_scores(part, stage, shared, C)
     o = warpgroup_mma(p, shared.v.index(before), o, is_async=True)
-    named_barrier("arrive", next_turn, 256)
+    end_turn(part, C)
     block = get(shared.block, stage)
     s = warpgroup_mma_wait(1, deps=(s,))
     release_k(stage, C)
@@ -222,20 +162,18 @@ def _step(part: gl.constexpr, KIND: gl.constexpr, shared, stage, phase, o, p, to
     mbarrier.wait(shared.v_full.index(stage), phase)
     o, p = warpgroup_mma_wait(0, deps=(o, p))
     release_v(before, C)
-    o = o * column(factor, o.type.layout)
+    o = o * column(factor, o)
     p = gl.convert_layout(probabilities.to(p.dtype), p.type.layout)
     return stage, phase, o, p, top, total
 
 
 @gluon.jit
-def _attend(part: gl.constexpr, tile, shared, stage, phase, turn, next_turn, sizes, args, scale,
+def _attend(part: gl.constexpr, tile, shared, stage, phase, sizes, args, scale,
             to_base2, C: gl.constexpr, MODS: gl.constexpr):
     """All blocks of a tile of queries: output (not normalised), maxima and partial sums."""
     layout: gl.constexpr = _out_layout(C)
-    first_row = tile.row * C.tile_q + part * C.rows
-    mod = Mod(args, (), tile.batch, tile.head, first_row)
-    if MODS is not None:
-        mod = _mod_of_tile(tile, first_row, sizes, args, C, MODS)
+    first_row = tile.row * C.tile_q + part * QUERIES
+    mod = _mod_of_tile(tile, first_row, sizes, args, C, MODS)
 
     mbarrier.wait(shared.k_full.index(stage), phase)
     s = _start_scores(part, stage, shared, C)
@@ -245,18 +183,17 @@ def _attend(part: gl.constexpr, tile, shared, stage, phase, turn, next_turn, siz
     s = _scores(s, mod, tile.first, tile.whole, kv_len, scale, FIRST, C, MODS)
     probabilities, top, total = first_softmax(s, to_base2)
     p = gl.convert_layout(probabilities.to(shared.v.dtype), gl.DotOperandLayout(0, layout, 2))
-    o = gl.zeros([C.rows, C.value_dim], gl.float32, layout)
+    o = gl.full([QUERIES, C.value_dim], 0.0, gl.float32, layout)
     mbarrier.wait(shared.v_full.index(stage), phase)
 
-    if MODS is not None and MODS.mask_mod is not None:
+    if MODS.mask_mod is not None:
         for _ in range(tile.partial):
             stage, phase, o, p, top, total = _step(
-                part, PARTIAL, shared, stage, phase, o, p, top, total, turn, next_turn,
-                mod, kv_len, scale, to_base2, C, MODS)
+                part, PARTIAL, shared, stage, phase, o, p, top, total, mod, kv_len, scale,
+                to_base2, C, MODS)
     for _ in range(tile.full):
         stage, phase, o, p, top, total = _step(
-            part, FULL, shared, stage, phase, o, p, top, total, turn, next_turn,
-            mod, kv_len, scale, to_base2, C, MODS)
+            part, FULL, shared, stage, phase, o, p, top, total, mod, kv_len, scale, to_base2, C, MODS)
     release_q(C)
 
     o = warpgroup_mma(p, shared.v.index(stage), o, is_async=True)
@@ -272,11 +209,11 @@ def _store(part: gl.constexpr, tile, o, top, total, results, sizes, scale, to_ba
     """Normalised rows, and their statistics where wanted."""
     lse, factor = statistics(top, total, to_base2)
     layout: gl.constexpr = _store_layout(C)
-    empty = column(factor, o.type.layout) == 0.0
-    o = gl.where(empty, 0.0, o * column(factor, o.type.layout))
+    empty = column(factor, o) == 0.0
+    o = gl.where(empty, 0.0, o * column(factor, o))
     o = gl.convert_layout(o.to(results.out.dtype.element_ty), layout)
-    first_row = tile.row * C.tile_q + part * C.rows
-    row = first_row + gl.arange(0, C.rows, layout=gl.SliceLayout(1, layout))
+    first_row = tile.row * C.tile_q + part * QUERIES
+    row = first_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, C.value_dim, layout=gl.SliceLayout(0, layout))
     base = results.out + tile.batch.to(gl.int64) * results.batch_stride \
         + tile.head.to(gl.int64) * results.head_stride
@@ -284,7 +221,7 @@ def _store(part: gl.constexpr, tile, o, top, total, results, sizes, scale, to_ba
     inside = gl.expand_dims(row < sizes.q_len, 1) & gl.expand_dims(columns < results.value_dim, 0)
     gl.store(base + at, o, mask=inside)
     line = (tile.batch.to(gl.int64) * sizes.heads + tile.head) * sizes.q_len
-    row = first_row + gl.arange(0, C.rows, layout=top.type.layout)
+    row = first_row + gl.arange(0, QUERIES, layout=top.type.layout)
     if results.lse is not None:
         gl.store(results.lse + line + row, lse, mask=row < sizes.q_len)
     if results.max_scores is not None:
@@ -299,17 +236,16 @@ def _consume(part: gl.constexpr, shared, results, sizes, args, scale, C: gl.cons
     to_base2 = scale * LOG2E
     if not C.fold_scale:
         to_base2 = scale * 0.0 + LOG2E
-    first_group: gl.constexpr = part * C.warps // 4
-    turn = barrier_of_turn(first_group, 0, C.consumers)
-    next_turn = barrier_of_turn(first_group, 1, C.consumers)
     release_all(C)
+    if part == C.consumers - 1:
+        end_turn(part, C)
     stage = 0
     phase = 0
     tile_phase = 0
     mbarrier.wait(shared.q_full.index(0), 0)
     tile = announced(shared)
     while tile.batch >= 0:
-        stage, phase, o, top, total = _attend(part, tile, shared, stage, phase, turn, next_turn,
+        stage, phase, o, top, total = _attend(part, tile, shared, stage, phase, 
                                               sizes, args, scale, to_base2, C, MODS)
         _store(part, tile, o, top, total, results, sizes, scale, to_base2, C)
         tile_phase ^= 1
@@ -320,13 +256,14 @@ def _consume(part: gl.constexpr, shared, results, sizes, args, scale, C: gl.cons
 @gluon.jit
 def hopper_forward(q_desc, k_desc, v_desc, results, sizes, table, args, counter, scale,
                    C: gl.constexpr, MODS: gl.constexpr):
-    """One persistent CTA per multiprocessor; C.warps warps at the start."""
+    """One persistent CTA per multiprocessor; four warps at the start."""
     shared = allocate(q_desc, k_desc, v_desc, C)
-    if C.partitions == 1:
+    if C.consumers == 2:
         gl.warp_specialize([
             (_consume, (0, shared, results, sizes, args, scale, C, MODS)),
+            (_consume, (1, shared, results, sizes, args, scale, C, MODS)),
             (produce, (q_desc, k_desc, v_desc, counter, sizes, table, shared, C)),
-        ], [1], [C.producer_registers])
+        ], [4, 1], [C.consumer_registers, C.producer_registers])
     else:
         gl.warp_specialize([
             (_consume, (0, shared, results, sizes, args, scale, C, MODS)),

@@ -79,9 +79,11 @@ class Tile(NamedTuple):
     full: object
 
 
+QUERIES = gl.constexpr(64)  # of a consumer
+
 # Named barriers: 16 exist, of which Triton uses the lowest
 
-TURN = gl.constexpr(6)  # .. 8: consumers take turns
+_TURN = gl.constexpr(6)  # .. 8: consumers take turns
 _V_EMPTY = gl.constexpr(9)  # .. 11: one per stage
 _K_EMPTY = gl.constexpr(12)  # .. 14
 _Q_EMPTY = gl.constexpr(15)
@@ -95,23 +97,22 @@ def _barrier(operation, threads):
 @gluon.jit
 def named_barrier(operation: gl.constexpr, which, threads: gl.constexpr):
     """Each thread of this partition arrives at a barrier of `threads` threads ("arrive"), or waits
-    there, too ("sync"). `which` is the barrier, or a tensor of a barrier for each thread."""
-    if which.dtype.is_block():
-        each = which
-    else:
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        each = gl.full([32 * gl.num_warps()], which, gl.int32, layout)
+    there, too ("sync")."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    each = gl.full([32 * gl.num_warps()], which, gl.int32, layout)
     gl.inline_asm_elementwise(_barrier(operation, threads), "=r,r", [each], dtype=gl.int32,
                               is_pure=False, pack=1)
 
 
 @gluon.jit
-def barrier_of_turn(first: gl.constexpr, after: gl.constexpr, consumers: gl.constexpr):
-    """For each thread, the barrier of the warpgroup `after` its own one in the circle; `first` is
-    the number of this partition's first warpgroup."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    thread = gl.arange(0, 32 * gl.num_warps(), layout=layout)
-    return TURN + (first + after + thread // 128) % consumers
+def await_turn(part: gl.constexpr):
+    named_barrier("sync", _TURN + part, 256)
+
+
+@gluon.jit
+def end_turn(part: gl.constexpr, C: gl.constexpr):
+    """The next consumer may start its products."""
+    named_barrier("arrive", _TURN + (part + 1) % C.consumers, 256)
 
 
 @gluon.jit
@@ -144,8 +145,8 @@ def allocate(q_desc, k_desc, v_desc, C: gl.constexpr) -> Shared:
     mbarriers: gl.constexpr = mbarrier.MBarrierLayout()
     words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q = gl.allocate_shared_memory(
-        dtype, [C.partitions * C.head_chunks, C.rows, C.head_chunk],
-        gl.NVMMASharedLayout.get_default_for([C.rows, C.head_chunk], dtype))
+        dtype, [C.consumers * C.head_chunks, QUERIES, C.head_chunk],
+        gl.NVMMASharedLayout.get_default_for([QUERIES, C.head_chunk], dtype))
     k = gl.allocate_shared_memory(
         dtype, [C.stages * C.head_chunks, C.tile_kv, C.head_chunk],
         gl.NVMMASharedLayout.get_default_for([C.tile_kv, C.head_chunk], dtype))
@@ -238,11 +239,11 @@ def _load(desc, batch, head, row, column, full, memory):
 def _load_q(desc, tile, shared, C: gl.constexpr):
     """All rows and chunks of a tile of queries; consumers may read what was announced."""
     full = shared.q_full.index(0)
-    boxes: gl.constexpr = C.partitions * C.head_chunks
+    boxes: gl.constexpr = C.consumers * C.head_chunks
     mbarrier.expect(full, boxes * desc.block_type.nbytes)
-    for part in gl.static_range(gl.constexpr(C.partitions)):
+    for part in gl.static_range(gl.constexpr(C.consumers)):
         for chunk in gl.static_range(gl.constexpr(C.head_chunks)):
-            _load(desc, tile.batch, tile.head, tile.row * C.tile_q + part * C.rows,
+            _load(desc, tile.batch, tile.head, tile.row * C.tile_q + part * QUERIES,
                   chunk * C.head_chunk, full, shared.q.index(part * C.head_chunks + chunk))
 
 
@@ -301,7 +302,8 @@ def produce(q_desc, k_desc, v_desc, counter, sizes, table, shared, C: gl.constex
         _announce(tile, shared)
         _load_q(q_desc, tile, shared, C)
         stage = _load_kv(k_desc, v_desc, batch, head, gl.maximum(tile.first, 0), stage, shared, C)
-        number = gl.num_programs(0) + gl.atomic_add(counter, 1)  # slow: after the first loads
+        # Slow, so it comes after the first loads.
+        number = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         stage = _load_runs(k_desc, v_desc, batch, head, tile, table, stage, shared, C)
     _finish(counter, shared, C)
 

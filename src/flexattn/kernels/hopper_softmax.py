@@ -26,9 +26,9 @@ def log2(x):
 
 
 @gluon.jit
-def column(x, layout: gl.constexpr):
-    """A number of each row, to be combined with a tile of `layout`."""
-    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, layout)), 1)
+def column(x, tile):
+    """A number of each row, to be combined with this tile."""
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, tile.type.layout)), 1)
 
 
 @gluon.jit
@@ -67,7 +67,7 @@ def next_softmax(s, top, total, to_base2):
     new_top = gl.maximum(top, _row_max(s))
     p, offset = _powers(s, new_top, to_base2)
     factor = exp2(top * to_base2 - offset)
-    total = total * column(factor, total.type.layout) + _row_sums(p)
+    total = total * column(factor, total) + _row_sums(p)
     return p, new_top, total, factor
 
 

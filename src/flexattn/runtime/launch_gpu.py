@@ -22,6 +22,7 @@ from torch import Tensor
 from flexattn.errors import DeviceError, DtypeError, message
 from flexattn.runtime import (
     gpu_mods,
+    launch_hopper,
     launch_triton,
     launch_triton_backward,
     launch_triton_decode,
@@ -32,6 +33,7 @@ from flexattn.trace import Mod
 
 FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
     "triton decode": launch_triton_decode.prepare,
+    "hopper": launch_hopper.prepare,
     "triton": launch_triton.prepare,
 }
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -1,0 +1,203 @@
+"""Forward on Hopper: tiles, arguments and launch of kernels.hopper_forward.
+
+In: a runtime.call.Call of 16-bit floats. Out: a `Prepared` call, or a Refusal that says why Triton
+serves it. Tensors that TMA cannot read as they lie are copied; registers that do not hold a mod
+give it a smaller tile.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexattn.compile_triton import Source, load
+from flexattn.kernels.hopper_config import ForwardConfig, forward_configs
+from flexattn.runtime.call import Call, Result
+from flexattn.runtime.gpu_driver import Function, multiprocessors, shared_limit, target
+from flexattn.runtime.gpu_launch import TYPES, Prepared, Refusal, function, stream_of
+from flexattn.runtime.gpu_mods import (
+    INTERPRETED,
+    ModCode,
+    argument_values,
+    mod_code,
+    on_device,
+    watch,
+)
+from flexattn.runtime.hopper_tables import HopperTable, hopper_table
+from flexattn.runtime.launch_triton import like_query, section
+from flexattn.runtime.tensor_map import TensorMap, takes
+
+_BOX_BYTES = 128  # of a row of a box: the widest swizzle
+_MOST_SPILLED = 64  # bytes of local memory that stay outside of the loop
+
+
+def prepare(call: Call) -> Prepared | Refusal:
+    """The call with the first config that spills nothing, or else the last one."""
+    reason = _refused(call)
+    if reason is not None:
+        return Refusal(reason)
+    call = with_boxes(call)
+    code = mod_code(call, "cuda")
+    device = call.query.device
+    fold = call.score is None and call.scale > 0
+    chosen = None
+    for config in forward_configs(call.query.shape[-1], call.value.shape[-1], fold):
+        plan = HopperPlan(config, code, call.query.dtype, call.block_mask is not None,
+                          call.want_lse, call.want_max_scores)
+        found = function(plan.key, device, plan.source)
+        assert found is not None
+        if found.binary.shared > shared_limit(device.index):
+            continue
+        if chosen is None or found.spilled_bytes < chosen[1].spilled_bytes:
+            chosen = plan, found
+        if found.spilled_bytes <= _MOST_SPILLED:
+            break
+    if chosen is None:
+        return Refusal("no tile fits the shared memory")
+    watch(code, call.score, call.mask)
+    return _Forward(call, *chosen)
+
+
+def _refused(call: Call) -> str | None:
+    q, v = call.query, call.value
+    if INTERPRETED or not q.is_cuda or target(q.device.index).arch != 90:
+        return "not a Hopper GPU (sm_90)"
+    if q.element_size() != 2:
+        return f"{str(q.dtype).removeprefix('torch.')} is not a 16-bit type"
+    if q.shape[-1] <= 32 or v.shape[-1] <= 32 or q.shape[-1] % 8 or v.shape[-1] % 8:
+        return "heads must have more than 32 columns, a multiple of 8"
+    if not forward_configs(q.shape[-1], v.shape[-1], True):
+        return f"no tile for heads of {q.shape[-1]} and {v.shape[-1]} columns"
+    return None
+
+
+def with_boxes(call: Call) -> Call:
+    """The call with tensors that TMA takes (copies where need be) and mods' tensors on its device."""
+    q, k, v = (t if takes(t) else t.contiguous().clone() for t in
+               (call.query, call.key, call.value))
+    score, mask = (on_device(mod, q.device) for mod in (call.score, call.mask))
+    same = q is call.query and k is call.key and v is call.value
+    if same and score is call.score and mask is call.mask:
+        return call
+    return Call(**{**vars(call), "query": q, "key": k, "value": v, "score": score, "mask": mask})
+
+
+@dataclass(frozen=True)
+class HopperPlan:
+    """What the kernel is compiled from, without importing Triton unless it has to be."""
+
+    config: ForwardConfig
+    code: ModCode
+    dtype: torch.dtype
+    sparse: bool
+    want_lse: bool
+    want_max_scores: bool
+
+    @property
+    def key(self) -> str:
+        return repr(("hopper forward", self.config, self.code.text, self.code.types, self.dtype,
+                     self.sparse, self.want_lse, self.want_max_scores))
+
+    def source(self) -> Source:
+        from flexattn.kernels.hopper_forward import Results, hopper_forward
+        from flexattn.kernels.hopper_pipeline import Sizes, Table
+
+        config, kind = self.config, TYPES[self.dtype]
+        results = Results(f"*{kind}", "i64", "i64", "i64", "i32",
+                          "*fp32" if self.want_lse else "constexpr",
+                          "*fp32" if self.want_max_scores else "constexpr")
+        arguments = namedtuple("arguments", self.code.fields)  # type: ignore[misc]
+        signature: dict[str, Any] = {
+            "q_desc": descriptor_type(kind, 64, config.head_chunk),
+            "k_desc": descriptor_type(kind, config.tile_kv, config.head_chunk),
+            "v_desc": descriptor_type(kind, config.tile_kv, config.value_dim),
+            "results": results, "sizes": Sizes(*["i32"] * 8),
+            "table": Table("*i32", "*i32", "*i32", "i32", "i32") if self.sparse else "constexpr",
+            "args": arguments(*self.code.types), "counter": "*i32", "scale": "fp32",
+            "C": "constexpr", "MODS": "constexpr"}
+        constants: dict[Any, Any] = {"C": config, "MODS": load(self.code.text)}
+        if not self.sparse:
+            constants["table"] = None
+        for field, wanted in ((5, self.want_lse), (6, self.want_max_scores)):
+            if not wanted:
+                constants[3, field] = None
+        aligned = {(3, 0): 16, **{(3, i): 8 for i in (1, 2, 3, 4)}}
+        options = {"num_warps": 4, "maxnreg": config.entry_registers}
+        return Source(hopper_forward, signature, constants, aligned, options)
+
+
+def descriptor_type(kind: str, rows: int, columns: int) -> str:
+    """A TMA descriptor's type in a kernel's signature."""
+    from triton.experimental.gluon import language as gl
+
+    box = [1, 1, rows, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(box, getattr(gl, _GLUON_TYPES[kind]))
+    return f"tensordesc<{kind}{box},{layout!r}>"
+
+
+_GLUON_TYPES = {"fp16": "float16", "bf16": "bfloat16"}
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def _counter(tensor: Tensor, stream: int) -> Tensor:
+    """Two zeros, which a launch leaves as it found them; launches of a stream share them."""
+    if torch.cuda.is_current_stream_capturing():  # its replays may overlap with other streams
+        return tensor.new_zeros(2, dtype=torch.int32)
+    key = tensor.get_device(), stream
+    found = _counters.get(key)
+    if found is None:
+        found = _counters[key] = tensor.new_zeros(2, dtype=torch.int32)
+    return found
+
+
+class _Forward:
+    """A prepared call."""
+
+    def __init__(self, call: Call, plan: HopperPlan, function: Function) -> None:
+        q, k, v = call.query, call.key, call.value
+        self.plan, self.function, config = plan, function, plan.config
+        box = _BOX_BYTES // q.element_size()
+        self._maps = [TensorMap(t, rows, min(columns, box)) for t, rows, columns in (
+            (q, 64, config.head_chunk), (k, config.tile_kv, config.head_chunk),
+            (v, config.tile_kv, config.value_dim))]
+        self._heads = [[*t.shape, *t.stride()] for t in (q, k, v)]
+        row_tiles = -(-q.shape[2] // config.tile_q)
+        self._sizes = [q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.shape[1] // k.shape[1],
+                       int(k.shape[0] > 1), row_tiles, section(call)]
+        tiles = row_tiles * q.shape[0] * q.shape[1]
+        self._grid = (min(tiles, multiprocessors(q.get_device())), 1, 1)
+
+    def run(self, call: Call) -> Result:
+        call = with_boxes(call)
+        q = call.query
+        out = like_query(q, call.value.shape[-1])
+        lse, max_scores = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+                           if wanted else None for wanted in (call.want_lse, call.want_max_scores))
+        stream = stream_of(q)
+        counter = _counter(q, stream)
+        values: list[Any] = []
+        for t, made, facts in zip((q, call.key, call.value), self._maps, self._heads, strict=True):
+            values += [made.at(t.data_ptr()), *facts]
+        values += [out.data_ptr(), *out.stride()[:3], out.shape[3]]
+        values += [t.data_ptr() for t in (lse, max_scores) if t is not None]
+        values += self._sizes
+        table = self._table(call)
+        if table is not None:
+            values += [*(t.data_ptr() for t in table.tensors), table.batches, table.heads]
+        values += [x.data_ptr() if isinstance(x, Tensor) else x
+                   for x in argument_values(self.plan.code, call.score, call.mask)]
+        values += [counter.data_ptr(), call.scale]
+        values += [0] * (self.function.parameters - len(values))  # what Triton adds
+        self.function.launch(self._grid, values, stream)
+        return Result(out, lse, max_scores)
+
+    def _table(self, call: Call) -> HopperTable | None:
+        if call.block_mask is None:
+            return None
+        config = self.plan.config
+        return hopper_table(call.block_mask, config.tile_q, config.tile_kv,
+                            call.mask is not None)
