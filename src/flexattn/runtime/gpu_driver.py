@@ -8,9 +8,10 @@ stream. Rejects: code the driver refuses (RuntimeError with the driver's words).
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 from collections.abc import Sequence
-from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from ctypes import byref, c_char_p, c_int, c_uint, c_void_p
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -21,7 +22,6 @@ from flexattn.compile_triton import Binary, Target
 
 _SHARED_WITHOUT_ASKING = 48 * 1024
 _MAX_DYNAMIC_SHARED, _LOCAL_BYTES, _REGISTERS = 8, 3, 4  # attributes of a function
-_PARAMETERS, _SIZE, _END = 1, 2, 0  # tags of the list of a launch's extra arguments
 
 
 class _Driver:
@@ -80,6 +80,13 @@ def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _offsets(layout: str) -> list[int]:
+    """Of the values of a struct format of items like "q", "128s" and padding "4x"."""
+    items = list(re.finditer(r"\d*[a-zA-Z]", layout))
+    return [struct.calcsize("<" + layout[1:item.start()]) for item in items
+            if not item[0].endswith("x")]
+
+
 class Function:
     """A binary loaded on one device."""
 
@@ -95,12 +102,13 @@ class Function:
                 self._check(self._driver.set_attribute(self._handle, _MAX_DYNAMIC_SHARED,
                                                        binary.shared), "shared memory for")
         self._struct = struct.Struct(binary.layout)
-        self.parameters = len(self._struct.unpack(bytes(self._struct.size)))
-        self._block = ctypes.create_string_buffer(self._struct.size + 64)
-        skip = -ctypes.addressof(self._block) % 64
-        self._skip, self._size = skip, c_size_t(self._struct.size)
-        self._extra = (c_void_p * 5)(_PARAMETERS, ctypes.addressof(self._block) + skip, _SIZE,
-                                     ctypes.addressof(self._size), _END)
+        self._block = ctypes.create_string_buffer(self._struct.size)
+        places = _offsets(binary.layout)
+        self.parameters = len(places)
+        # The driver is told where each value lies, because only it knows where a kernel wants it
+        # (Hopper's TMA descriptors begin at 64 bytes of its constant bank, not of the block).
+        start = ctypes.addressof(self._block)
+        self._values = (c_void_p * len(places))(*(start + place for place in places))
         self._lock = Lock()
 
     def _check(self, code: int, what: str) -> None:
@@ -109,9 +117,9 @@ class Function:
     def launch(self, grid: tuple[int, int, int], values: Sequence[Any], stream: int) -> None:
         """values: one for each parameter; pointers as integers."""
         with self._lock:  # the driver copies the block before it returns
-            self._struct.pack_into(self._block, self._skip, *values)
+            self._struct.pack_into(self._block, 0, *values)
             code = self._driver.launch(self._handle, *grid, self.binary.threads, 1, 1,
-                                       self.binary.shared, stream, None, self._extra)
+                                       self.binary.shared, stream, self._values, None)
         if code:
             self._check(code, "launching")
 
