@@ -36,7 +36,10 @@ def check_size(function: str, name: str, size: int) -> None:
 
 def device_of(device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        found = torch.device(device)
+        if found.type == "cuda" and found.index is None and torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return found
     if torch.compiler.is_compiling():  # which cannot read the default device
         return torch.empty(0).device
     return torch.get_default_device()

@@ -193,7 +193,8 @@ def _attend(part: gl.constexpr, tile, shared, stage, phase, sizes, args, scale,
                 to_base2, C, MODS)
     for _ in range(tile.full):
         stage, phase, o, p, top, total = _step(
-            part, FULL, shared, stage, phase, o, p, top, total, mod, kv_len, scale, to_base2, C, MODS)
+            part, FULL, shared, stage, phase, o, p, top, total, mod, kv_len, scale, to_base2,
+            C, MODS)
     release_q(C)
 
     o = warpgroup_mma(p, shared.v.index(stage), o, is_async=True)

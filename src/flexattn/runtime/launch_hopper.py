@@ -76,9 +76,9 @@ def _refused(call: Call) -> str | None:
 
 
 def with_boxes(call: Call) -> Call:
-    """The call with tensors that TMA takes (copies where need be) and mods' tensors on its device."""
-    q, k, v = (t if takes(t) else t.contiguous().clone() for t in
-               (call.query, call.key, call.value))
+    """The call with tensors that TMA takes (copies where need be), mods' ones on its device."""
+    q, k, v = (t if takes(t) else t.clone(memory_format=torch.contiguous_format)
+               for t in (call.query, call.key, call.value))
     score, mask = (on_device(mod, q.device) for mod in (call.score, call.mask))
     same = q is call.query and k is call.key and v is call.value
     if same and score is call.score and mask is call.mask:
