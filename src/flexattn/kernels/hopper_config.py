@@ -14,9 +14,9 @@ from dataclasses import dataclass
 class ForwardConfig:
     """What a kernel is compiled for.
 
-    consumers: warpgroups, of 64 queries each. head_chunks x head_chunk columns of q and k, value_dim columns
-    of v: what TMA fills, with zeros beyond the tensor's. fold_scale: there is no score mod, and
-    the (positive) scale is part of the exponent's factor.
+    consumers: warpgroups, of 64 queries each. head_chunks x head_chunk columns of q and k,
+    value_dim columns of v: what TMA fills, with zeros beyond the tensor's. fold_scale: there is no
+    score mod, and the (positive) scale is part of the exponent's factor.
     """
 
     consumers: int

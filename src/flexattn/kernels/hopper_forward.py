@@ -246,8 +246,8 @@ def _consume(part: gl.constexpr, shared, results, sizes, args, scale, C: gl.cons
     mbarrier.wait(shared.q_full.index(0), 0)
     tile = announced(shared)
     while tile.batch >= 0:
-        stage, phase, o, top, total = _attend(part, tile, shared, stage, phase, 
-                                              sizes, args, scale, to_base2, C, MODS)
+        stage, phase, o, top, total = _attend(part, tile, shared, stage, phase, sizes, args,
+                                              scale, to_base2, C, MODS)
         _store(part, tile, o, top, total, results, sizes, scale, to_base2, C)
         tile_phase ^= 1
         mbarrier.wait(shared.q_full.index(0), tile_phase)
