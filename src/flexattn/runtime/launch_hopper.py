@@ -125,7 +125,7 @@ class HopperPlan:
         for field, wanted in ((5, self.want_lse), (6, self.want_max_scores)):
             if not wanted:
                 constants[3, field] = None
-        aligned = {(3, 0): 16, **{(3, i): 8 for i in (1, 2, 3, 4)}}
+        aligned: dict[tuple[int, ...], int] = {(3, 0): 16, **{(3, i): 8 for i in (1, 2, 3, 4)}}
         options = {"num_warps": 4, "maxnreg": config.entry_registers}
         return Source(hopper_forward, signature, constants, aligned, options)
 
