@@ -92,10 +92,13 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 
 def _compare(workload: Workload, make: Callable[[Any, Workload], Callable[[], object]],
              options: argparse.Namespace) -> Iterator[Row]:
+    """One model serves all providers, told before each run whose attention to use."""
     register()
     transformers.AttentionInterface.register("none", _values_alone)
     transformers.AttentionMaskInterface.register("none", lambda *_, **__: None)
-    runs = {name: make(_model(workload, attention), workload)
+    net = _model(workload)
+    run = make(net, workload)
+    runs = {name: partial(_run_with, net, attention, run)
             for name, attention in PROVIDERS.items() if _serves(name, workload)}
     times = interleaved(runs, rounds=options.rounds, device=workload.device)
     for name, t in times.items():
@@ -103,6 +106,11 @@ def _compare(workload: Workload, make: Callable[[Any, Workload], Callable[[], ob
                   t.median * 1e3, spread=t.spread, rate=_share(t, times[WITHOUT]),
                   rate_unit="% attention",
                   ours_is_faster=None if name == "ours" else t.slower_than(times["ours"]))
+
+
+def _run_with(net: Any, attention: str, run: Callable[[], object]) -> object:
+    net.set_attn_implementation(attention)
+    return run()
 
 
 def _share(t: Times, without: Times) -> float:
@@ -123,11 +131,11 @@ def _values_alone(module: torch.nn.Module, query: Tensor, key: Tensor, value: Te
     return own.repeat_interleave(groups, 2).contiguous(), None
 
 
-def _model(workload: Workload, attention: str) -> Any:
+def _model(workload: Workload) -> Any:
     torch.manual_seed(0)
-    made = transformers.AutoModelForCausalLM.from_config(
-        copy.deepcopy(workload.config), attn_implementation=attention, dtype=workload.dtype)
-    return made.to(workload.device)
+    with torch.device(workload.device):
+        return transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(workload.config), dtype=workload.dtype, attn_implementation="eager")
 
 
 def _tokens(workload: Workload) -> Tensor:

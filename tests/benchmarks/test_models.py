@@ -38,7 +38,7 @@ def test_training_measures_every_provider_that_can(kind: type, peers: set[str]) 
 
 def test_generation_makes_the_tokens_asked_for() -> None:
     workload = tiny(transformers.MistralConfig)
-    made = models._generation(models._model(workload, "eager"), workload, 5)()
+    made = models._generation(models._model(workload), workload, 5)()
     assert made.shape == (2, 69)
     assert len(list(models._compare(workload, partial(models._generation, new=2), OPTIONS))) == 4
 

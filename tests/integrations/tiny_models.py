@@ -77,6 +77,6 @@ def loss_and_gradients(net: Any, tokens: Tensor, real: Tensor, **inputs: Any
     """Logits, and the gradients of a loss that rests on the real positions alone."""
     net.zero_grad()
     logits = net(tokens, attention_mask=real, **inputs).logits
-    weights = torch.linspace(-1, 1, logits.shape[-1]) * real[..., None]
+    weights = torch.linspace(-1, 1, logits.shape[-1], device=real.device) * real[..., None]
     (logits.log_softmax(-1) * weights).sum().backward()
     return logits, {k: p.grad for k, p in net.named_parameters() if p.grad is not None}
