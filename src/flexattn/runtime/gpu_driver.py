@@ -98,7 +98,8 @@ class Function:
             self._check(self._driver.load_module(byref(module), binary.code), "loading")
             self._check(self._driver.get_function(byref(self._handle), module,
                                                   binary.name.encode()), "finding")
-            if binary.shared > _SHARED_WITHOUT_ASKING and torch.version.hip is None:
+            asks = _SHARED_WITHOUT_ASKING < binary.shared <= shared_limit(device)
+            if asks and torch.version.hip is None:  # what does not fit is never launched
                 self._check(self._driver.set_attribute(self._handle, _MAX_DYNAMIC_SHARED,
                                                        binary.shared), "shared memory for")
         self._struct = struct.Struct(binary.layout)
