@@ -110,7 +110,7 @@ def flex_attention(
 def _autocast(*tensors: Tensor) -> Any:
     """As scaled_dot_product_attention: under autocast, its dtype for all floats but float64."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if t.dtype in _DTYPES[:3] else t for t in tensors]
