@@ -1,7 +1,7 @@
-"""What explain says of a call on a GPU: the Triton source of its mods.
+"""What explain says of a call on a GPU: the Triton source of its mods, and the kernel.
 
 In: a runtime.call.Call; its tensors may be on any device, so that a machine without a GPU can show
-the code. Out: the text of the generated module.
+the code. Out: the text of the generated module; on a GPU also the kernels that serve.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from flexattn.ir.graph import Graph
 from flexattn.ir.mod import Mod
 from flexattn.lower.triton import Facts, lower
 from flexattn.lower.triton_facts import ModFacts, bound_of, mod_facts
+from flexattn.runtime import launch_gpu
 from flexattn.runtime.call import Call
 
 LANGUAGE = "Triton"
@@ -43,4 +44,14 @@ def _with_reads(graph: Graph) -> Graph:
 
 
 def kernels(call: Call) -> tuple[Kernel, ...]:
-    return ()
+    """The kernel that serves, and why those asked before it do not; none without a GPU, since
+    they are asked for the device at hand."""
+    if not call.query.is_cuda:
+        return ()
+    found = launch_gpu.choice(call)
+    facts = {f"not {name}": reason for name, reason in found.refusals}
+    file = f"kernels/{found.kernel.replace(' ', '_')}.py"
+    if found.kernel in ("triton", "hopper"):
+        file = f"kernels/{found.kernel}_forward.py"
+    return (Kernel("forward", found.kernel, file, facts=facts),
+            Kernel("backward", "triton", "kernels/triton_backward.py"))
