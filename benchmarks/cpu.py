@@ -6,8 +6,10 @@ In: the options of benchmarks.run. Out: rows, a generator for each section.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,10 +46,25 @@ def decode(options: argparse.Namespace) -> Iterator[Row]:
                 yield from _compare(case, options, backward=False, bytes_read=True)
 
 
+def scaling(options: argparse.Namespace) -> Iterator[Row]:
+    """Full and causal attention on 1, 2, 4, ... threads."""
+    before = torch.get_num_threads()
+    for threads in (2**i for i in range((os.cpu_count() or 1).bit_length())):
+        torch.set_num_threads(threads)
+        for shape in _shapes(options):
+            for name in ("full", "causal"):
+                for backward in (False, True):
+                    for row in _compare(CASES[name](shape), options, backward=backward):
+                        direction = "bwd" if backward else "fwd"
+                        yield replace(row, case=f"{name} {direction}, {threads} threads")
+    torch.set_num_threads(before)
+
+
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "forward": forward,
     "backward": backward,
     "decode": decode,
+    "scaling": scaling,
     "first_call": host.first_call,
     "host": host.overhead,
     "compiles": host.compiles,

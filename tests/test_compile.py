@@ -130,3 +130,10 @@ def test_several_processes_starting_cold(tmp_path):
     started = [subprocess.Popen([sys.executable, "-c", COLD], env=environment) for _ in range(2)]
     assert [p.wait(120) for p in started] == [0, 0]
     assert [f.suffix for f in (tmp_path / "cache").iterdir()] == [".o"]
+
+
+def test_pairs_of_bfloat16_where_they_are_faster():
+    features = "+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512bf16"
+    assert compile.Host("x86_64-linux-gnu", "znver4", features).pairs
+    assert not compile.Host("x86_64-linux-gnu", "emeraldrapids", features).pairs
+    assert not compile.Host("x86_64-linux-gnu", "znver4", features[:-12]).pairs
