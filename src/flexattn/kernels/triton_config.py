@@ -94,9 +94,8 @@ def chunk_of(dim: int) -> int:
 # Widest of head_dim and value_dim (in 16-bit columns) -> configs. Hopper and Blackwell's datacentre
 # GPUs have 227 KiB of shared memory for a program, A100 163, consumer GPUs 99, CDNA3 64.
 _FORWARD: dict[int, tuple[TritonConfig, ...]] = {
-    64: (TritonConfig(128, 128, 8, 3), TritonConfig(128, 64, 4, 3), TritonConfig(128, 64, 4, 2)),
-    128: (TritonConfig(128, 64, 8, 3), TritonConfig(128, 64, 8, 2), TritonConfig(64, 64, 4, 2),
-          TritonConfig(64, 32, 4, 2)),
+    64: (TritonConfig(64, 64, 4, 3), TritonConfig(64, 64, 4, 2)),
+    128: (TritonConfig(64, 64, 4, 3), TritonConfig(64, 64, 4, 2), TritonConfig(64, 32, 4, 2)),
     256: (TritonConfig(128, 64, 8, 2), TritonConfig(64, 64, 4, 2), TritonConfig(64, 32, 4, 2),
           TritonConfig(32, 32, 4, 1)),
     512: (TritonConfig(64, 32, 8, 2), TritonConfig(64, 32, 8, 1), TritonConfig(32, 32, 4, 1),
@@ -104,6 +103,7 @@ _FORWARD: dict[int, tuple[TritonConfig, ...]] = {
     1 << 30: (TritonConfig(64, 32, 8, 1), TritonConfig(32, 32, 4, 1), TritonConfig(16, 32, 4, 1),
               TritonConfig(16, 16, 4, 1)),
 }
+_FORWARD_SPARSE = {64: TritonConfig(128, 64, 4, 3)}  # better with a block mask
 
 
 def _exact_config(head_dim: int, value_dim: int) -> TritonConfig:
@@ -113,12 +113,16 @@ def _exact_config(head_dim: int, value_dim: int) -> TritonConfig:
 
 
 def forward_configs(backend: str, arch: int | str, head_dim: int, value_dim: int,
-                    bytes_each: int, exact: bool = False) -> tuple[TritonConfig, ...]:
-    """Configs of the forward kernel. exact: float32 products are not rounded to tf32."""
+                    bytes_each: int, exact: bool = False,
+                    sparse: bool = False) -> tuple[TritonConfig, ...]:
+    """Configs of the forward kernel. exact: float32 products are not rounded to tf32. sparse:
+    with a block mask."""
     if exact:
         return (_exact_config(head_dim, value_dim),)
     width = max(head_dim, value_dim) * bytes_each // 2
-    found = next(configs for most, configs in _FORWARD.items() if width <= most)
+    most, found = next(item for item in _FORWARD.items() if width <= item[0])
+    if sparse and most in _FORWARD_SPARSE:
+        found = (_FORWARD_SPARSE[most], *found)
     if backend == "hip" or (isinstance(arch, int) and arch not in (80, 90, 100, 103)):
         return tuple(c for c in found if c.stages < 3) or found
     return found
@@ -127,10 +131,10 @@ def forward_configs(backend: str, arch: int | str, head_dim: int, value_dim: int
 # Pairs of configs: of the kernel of dk and dv, and of the kernel of dq.
 _Pair = tuple[TritonConfig, TritonConfig]
 _BACKWARD: dict[int, tuple[_Pair, ...]] = {
-    64: ((TritonConfig(64, 128, 8, 3), TritonConfig(128, 64, 4, 3)),
+    64: ((TritonConfig(64, 64, 4, 3), TritonConfig(64, 64, 4, 3)),
          (TritonConfig(64, 64, 4, 2), TritonConfig(64, 64, 4, 2)),
          (TritonConfig(32, 64, 4, 1), TritonConfig(64, 32, 4, 1))),
-    128: ((TritonConfig(64, 128, 8, 2), TritonConfig(128, 64, 8, 2)),
+    128: ((TritonConfig(32, 128, 8, 3), TritonConfig(128, 64, 8, 3)),
           (TritonConfig(32, 128, 8, 2), TritonConfig(128, 32, 8, 2)),
           (TritonConfig(32, 64, 4, 2), TritonConfig(64, 32, 4, 2)),
           (TritonConfig(32, 32, 4, 1), TritonConfig(32, 32, 4, 1))),
@@ -142,13 +146,16 @@ _BACKWARD: dict[int, tuple[_Pair, ...]] = {
               (TritonConfig(16, 32, 4, 1), TritonConfig(32, 16, 4, 1)),
               (TritonConfig(16, 16, 4, 1), TritonConfig(16, 16, 4, 1))),
 }
+_BACKWARD_SPARSE = {128: (TritonConfig(64, 128, 8, 2), TritonConfig(128, 64, 8, 3))}
 
 
 def backward_configs(backend: str, arch: int | str, head_dim: int, value_dim: int,
-                     bytes_each: int, exact: bool = False) -> tuple[_Pair, ...]:
+                     bytes_each: int, exact: bool = False,
+                     sparse: bool = False) -> tuple[_Pair, ...]:
     """Configs of the kernels of dk and dv, and of dq."""
     if exact:
         config = _exact_config(head_dim, value_dim)
         return ((config, config),)
     width = max(head_dim, value_dim) * bytes_each // 2
-    return next(configs for most, configs in _BACKWARD.items() if width <= most)
+    most, found = next(item for item in _BACKWARD.items() if width <= item[0])
+    return (_BACKWARD_SPARSE[most], *found) if sparse and most in _BACKWARD_SPARSE else found

@@ -64,7 +64,8 @@ def _configs(call: Call, where: Any) -> tuple[TritonConfig, ...]:
     if where is None:
         return (TritonConfig(16, 16, 4, 1),)
     return forward_configs(where.backend, where.arch, call.query.shape[-1], call.value.shape[-1],
-                           call.query.element_size(), precision(call.query.dtype) == "ieee")
+                           call.query.element_size(), precision(call.query.dtype) == "ieee",
+                           call.block_mask is not None)
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ def _configs(call: Call, where: Any) -> Sequence[tuple[TritonConfig, TritonConfi
         return [(small, small)]
     return backward_configs(where.backend, where.arch, call.query.shape[-1],
                             call.value.shape[-1], call.query.element_size(),
-                            precision(call.query.dtype) == "ieee")
+                            precision(call.query.dtype) == "ieee",
+                            call.block_mask is not None)
 
 
 @dataclass(frozen=True)
