@@ -20,6 +20,7 @@ from benchmarks.cases import CASES
 from benchmarks.providers import PROVIDERS
 
 SUITES = {
+    "block_mask": "benchmarks.block_mask",
     "cpu": "benchmarks.cpu",
     "gpu": "benchmarks.gpu",
     "models": "benchmarks.models",

@@ -14,19 +14,19 @@ class RandomMask:
     """`mask(b, h, q_idx, kv_idx) -> bool` drawn from `rng`. Works on traced scalars and on tensors;
     captured tensors are read within bounds where q_idx, kv_idx < 700, b < 3 and h < 3."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, device: str = "cpu") -> None:
         self.rng = rng
         generator = torch.Generator().manual_seed(rng.randrange(1 << 30))
         kind = rng.choice(["sorted", "random", "int8"])
-        ids = torch.randint(-20, 40, (700,), generator=generator)
-        self.ids = ids.sort().values if kind == "sorted" else ids
-        if kind == "int8":
-            self.ids = self.ids.to(torch.int8)
-        self.table = torch.randint(0, 5, (3, 700), generator=generator, dtype=torch.int32)
-        self.flags = torch.rand(700, generator=generator) < 0.2
-        self.reals = torch.randn(3, 700, generator=generator)
+        ids = torch.randint(-20, 40, (700,), generator=generator, device="cpu")
+        ids = {"sorted": ids.sort().values, "random": ids, "int8": ids.to(torch.int8)}[kind]
+        table = torch.randint(0, 5, (3, 700), generator=generator, dtype=torch.int32, device="cpu")
+        flags = torch.rand(700, generator=generator, device="cpu") < 0.2
+        reals = torch.randn(3, 700, generator=generator, device="cpu")
         if rng.random() < 0.3:
-            self.reals[0, rng.randrange(700)] = float("nan")
+            reals[0, rng.randrange(700)] = float("nan")
+        self.ids, self.table, self.flags, self.reals = (
+            t.to(device) for t in (ids, table, flags, reals))
         self.mask = self.truth(rng.randint(1, 3))
 
     def __call__(self, b, h, q_idx, kv_idx):
