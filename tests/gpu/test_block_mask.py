@@ -14,7 +14,8 @@ from tests.analysis.library import LIBRARY
 from tests.analysis.random_masks import RandomMask
 from tests.analysis.test_block_sparsity import brute_force, sizes_of
 
-GPU = torch.device("cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda", 0)
 
 
 def check(mask, sizes, blocks):
