@@ -67,10 +67,10 @@ def bigbird(length: int, block: int, num_random: int = 3, window_blocks: int = 1
 
 def _draw(blocks: int, count: int, seed: int) -> Tensor:
     """`count` different numbers below `blocks` in each of `blocks` rows (Floyd's algorithm)."""
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.full((blocks, count), -1)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    table = torch.full((blocks, count), -1, device="cpu")
     for column, largest in enumerate(range(blocks - count, blocks)):
-        drawn = torch.randint(largest + 1, (blocks,), generator=generator)
+        drawn = torch.randint(largest + 1, (blocks,), generator=generator, device="cpu")
         taken = (table == drawn[:, None]).any(1)
         table[:, column] = torch.where(taken, largest, drawn)
     return table
