@@ -28,6 +28,7 @@ def random_blocks(length: int, block: int, num_random: int, seed: int = 0,
     if num_random > blocks:
         raise ArgumentError(message("more random blocks than there are blocks",
                                     expected=f"at most {blocks}", got=str(num_random)))
+    device = torch.get_default_device() if device is None else device
     columns = _draw(blocks, num_random, seed).to(device=device, dtype=torch.int32).unbind(1)
 
     def mask(b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Tensor:
