@@ -74,7 +74,7 @@ def mod_section(mod: Mod) -> str:
 
 def section(name: str, code: str, images: list[str]) -> str:
     pictures = "\n".join(f'<img src="{image}" alt="{name}" width="49%">' for image in images)
-    told = [first_paragraph(name), pictures, f"```python\n{code}\n```", source(name)]
+    told = [first_paragraph(name), pictures, f"```py\n{code}\n```", source(name)]
     return f"### {name}\n\n" + "\n\n".join(filter(None, told)) + "\n"
 
 
