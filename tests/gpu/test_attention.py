@@ -120,6 +120,16 @@ def test_nothing_is_written_outside_of_the_output(monkeypatch):
     assert error(out, attention(q, k, v, dtype=torch.float64)[0]) < 2e-3
 
 
+def test_tiles_of_queries_that_attend_to_nothing():
+    q, k, v = torch.randn(3, 1, 2, 1000, 64, device="cuda", dtype=torch.bfloat16)
+    block = flexattn.create_block_mask(lambda b, h, q_idx, kv_idx: q_idx < 200, None, None,
+                                       1000, 1000, device="cuda")
+    out, aux = flexattn.flex_attention(q, k, v, block_mask=block,
+                                       return_aux=flexattn.AuxRequest(lse=True))
+    assert (out[:, :, 200:] == 0).all() and (aux.lse[:, :, 200:] == -math.inf).all()
+    assert error(out[:, :, :200], attention(q[:, :, :200], k, v, dtype=torch.float64)[0]) < 1e-2
+
+
 def test_views_whose_rows_are_not_aligned():
     wide = torch.randn(3, 2, 2, 100, 71, device="cuda", dtype=torch.bfloat16)
     q, k, v = wide[..., 3:67]

@@ -180,7 +180,7 @@ def _attend(part: gl.constexpr, tile, shared, stage, phase, sizes, args, scale,
     s = warpgroup_mma_wait(0, deps=(s,))
     release_k(stage, C)
     kv_len = gl.where(tile.first < 0, 0, sizes.kv_len)
-    s = _scores(s, mod, tile.first, tile.whole, kv_len, scale, FIRST, C, MODS)
+    s = _scores(s, mod, gl.maximum(tile.first, 0), tile.whole, kv_len, scale, FIRST, C, MODS)
     probabilities, top, total = first_softmax(s, to_base2)
     p = gl.convert_layout(probabilities.to(shared.v.dtype), gl.DotOperandLayout(0, layout, 2))
     o = gl.full([QUERIES, C.value_dim], 0.0, gl.float32, layout)
