@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from flexattn import masks, mods, reference
-from flexattn.attention import AuxOutput, AuxRequest, flex_attention
+from flexattn.attention import AuxOutput, AuxRequest, FlexKernelOptions, flex_attention
 from flexattn.block_mask import BlockMask, create_block_mask, create_mask
 from flexattn.masks.compose import and_masks, noop_mask, or_masks
 
@@ -15,6 +15,7 @@ __all__ = [
     "AuxOutput",
     "AuxRequest",
     "BlockMask",
+    "FlexKernelOptions",
     "and_masks",
     "create_block_mask",
     "create_mask",

@@ -27,6 +27,9 @@ from flexattn.trace import specialize, trace_score_mod
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+FlexKernelOptions = dict[str, Any]  # torch's name for what kernel_options takes
+
+
 @dataclass(frozen=True)
 class AuxRequest:
     """Which auxiliary outputs to return."""
@@ -68,8 +71,12 @@ def flex_attention(
         scale: default 1 / sqrt(D).
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: deprecated; also return lse. Use return_aux.
-        kernel_options: hints for kernels; results do not depend on them.
+        kernel_options: torch's hints for its own kernels, any keys; accepted, so that code written
+            for torch runs. Results do not depend on them.
         return_aux: AuxRequest(lse, max_scores); the result is then (out, AuxOutput).
+
+    Under autocast, query, key and value are cast as scaled_dot_product_attention's. In eager mode
+    mods are traced on every call; under torch.compile once for what Dynamo guards on.
 
     Returns: out [B, Hq, Q, Dv] in query's dtype; (out, lse) or (out, AuxOutput) on request. A
         fully masked row has out 0 and lse -inf.
