@@ -32,11 +32,11 @@ from flexattn.runtime.launch_triton import like_query, section
 from flexattn.runtime.tensor_map import TensorMap, takes
 
 _BOX_BYTES = 128  # of a row of a box: the widest swizzle
-_MOST_SPILLED = 64  # bytes of local memory that stay outside of the loop
+_MOST_SPILLED = 64  # bytes of local memory a thread
 
 
 def prepare(call: Call) -> Prepared | Refusal:
-    """The call with the first config that spills nothing, or else the last one."""
+    """The call with the first config that hardly spills, or else the one that spills least."""
     reason = _refused(call)
     if reason is not None:
         return Refusal(reason)
