@@ -8,7 +8,7 @@ change recompiles or becomes an input); the small graph it makes of each is run 
 What a mod computes from captured tensors alone becomes part of the caller's graph.
 Rejects what the tracer rejects, and, as a graph break, what Dynamo cannot read.
 
-Dynamo's classes are not public: torch 2.11 to 2.13 are tested.
+Dynamo's classes are not public: torch 2.11 and 2.13 were tried.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ prepares the call or gives a `Refusal` that says why not, which `why` shows. Wha
 call is found again by everything it depends on, so that a call in the steady state only looks it
 up, allocates, and launches.
 
-With FLEXATTN_CHECK=1 every call waits for its kernel and raises what it reported.
+With FLEXATTN_UNPROVEN=1 kernels that are still being proven are asked too. With
+FLEXATTN_CHECK=1 every call waits for its kernel and raises what it reported.
 """
 
 from __future__ import annotations
@@ -31,11 +32,16 @@ from flexattn.runtime.call import Call, Gradients, Result
 from flexattn.runtime.gpu_launch import Prepared, PreparedBackward, Refusal
 from flexattn.trace import Mod
 
-FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
+KERNELS: dict[str, Callable[[Call], Prepared | Refusal]] = {
     "triton decode": launch_triton_decode.prepare,
     "hopper": launch_hopper.prepare,
     "triton": launch_triton.prepare,
 }
+# Kernels whose tests on a GPU have not all passed yet serve only those who ask for them.
+_UNPROVEN = frozenset({"triton decode", "hopper"})
+_PROVEN_ONLY = os.environ.get("FLEXATTN_UNPROVEN") != "1"
+FORWARD = {name: prepare for name, prepare in KERNELS.items()
+           if not (_PROVEN_ONLY and name in _UNPROVEN)}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHECK = os.environ.get("FLEXATTN_CHECK") == "1"
 _MOST_PREPARED = 4096
