@@ -15,15 +15,11 @@ import torch
 from torch import Tensor
 
 from flexattn.errors import DerivativeError, DeviceError, message
-from flexattn.runtime import launch_cpu, launch_cpu_backward, launch_gpu
+from flexattn.runtime import launch_cpu, launch_cpu_backward
 from flexattn.runtime.call import Call, Gradients, Result
 
 Forward = Callable[[Call], Result]
 Backward = Callable[[Call, Result, Tensor, Tensor | None], Gradients]
-_KERNELS: dict[str, tuple[Forward, Backward]] = {
-    "cpu": (launch_cpu.forward, launch_cpu_backward.backward),
-    "cuda": (launch_gpu.forward, launch_gpu.backward),
-}
 _NOTHING = torch.empty(0)
 
 
@@ -38,16 +34,20 @@ def attend(call: Call) -> Result:
 
 def kernels(device: torch.device) -> tuple[Forward, Backward]:
     """The launchers of a device's forward and backward kernels."""
-    if device.type not in _KERNELS:
-        raise DeviceError(message("No kernel for this device yet.", expected="cpu or cuda",
-                                  got=str(device), remedy="move the tensors to the CPU"))
-    return _KERNELS[device.type]
+    if device.type == "cpu":
+        return launch_cpu.forward, launch_cpu_backward.backward
+    if device.type == "cuda":
+        from flexattn.runtime import launch_gpu  # not before it is needed: imports cost time
+
+        return launch_gpu.forward, launch_gpu.backward
+    raise DeviceError(message("No kernel for this device yet.", expected="cpu or cuda",
+                              got=str(device), remedy="move the tensors to the CPU"))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        result = _KERNELS[call.query.device.type][0](replace(call, want_lse=True))
+        result = kernels(call.query.device)[0](replace(call, want_lse=True))
         # Tensors are saved torch's way, which notices changes in place and lets hooks move them.
         ctx.call = call.with_tensors([_NOTHING] * len(call.tensors))
         ctx.save_for_backward(result.out, result.lse, *call.tensors)
@@ -62,7 +62,7 @@ class _Attention(torch.autograd.Function):
         call = ctx.call.with_tensors(tensors)
         d_lse = d_lse if call.want_lse else None
         with torch.no_grad():
-            grads = _KERNELS[out.device.type][1](call, Result(out, lse), d_out, d_lse)
+            grads = kernels(out.device)[1](call, Result(out, lse), d_out, d_lse)
         given = (grads.query, grads.key, grads.value, *grads.captures)
         if torch.is_grad_enabled():  # create_graph=True
             given = _Once.apply(len(given), *given, *tensors, d_out, d_lse)
