@@ -72,6 +72,14 @@ def test_the_block_mask_is_counted_and_drawn() -> None:
     assert picture.sparsity == 37.5
 
 
+def test_blocks_of_every_batch_and_head_are_counted() -> None:
+    q = torch.randn(2, 3, 512, 16)
+    picture = flexattn.explain(q, q, q, block_mask=create_block_mask(
+        causal, 2, 3, 512, 512)).picture
+    assert picture is not None
+    assert (picture.full, picture.partial, picture.empty) == (36, 24, 36)
+
+
 def test_text_and_dict_hold_everything() -> None:
     told = flexattn.explain(*inputs(256), alibi_of(torch.randn(4)),
                             create_block_mask(causal, None, None, 256, 256))

@@ -1,7 +1,7 @@
 """What needs a GPU. Without one every test here is skipped.
 
     pytest tests/gpu                            all kernels, as calls choose them
-    pytest tests/gpu --gpu-kernel "triton"      one kernel of launch_gpu.KERNELS; calls that it
+    pytest tests/gpu --gpu-kernel "triton"      one kernel of launch_gpu.FORWARD; calls that it
                                                 refuses are skipped
 """
 
@@ -40,7 +40,8 @@ def only_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     name = request.config.getoption("--gpu-kernel", "")
     with pytest.MonkeyPatch.context() as patch:
         if name:
-            patch.setattr(launch_gpu, "FORWARD", {name: launch_gpu.KERNELS[name]})
+            patch.setattr(launch_gpu, "FORWARD", {name: launch_gpu.FORWARD[name]})
+            patch.setattr(launch_gpu, "_UNPROVEN", frozenset())
         yield
 
 

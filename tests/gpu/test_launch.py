@@ -142,7 +142,7 @@ def test_nothing_is_touched_beside_the_output(monkeypatch, q_len):
     for module in (launch_triton, launch_triton_decode):
         monkeypatch.setattr(module, "like_query", guarded)
     monkeypatch.setattr(launch_gpu, "FORWARD", {
-        name: kernel for name, kernel in launch_gpu.KERNELS.items() if "triton" in name})
+        name: kernel for name, kernel in launch_gpu.FORWARD.items() if "triton" in name})
     launch_gpu._choices.clear()
     q, k, v = tensors(q_len, 301, head_dim=80)
     out = flex_attention(q, k, v, softcap)

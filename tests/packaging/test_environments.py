@@ -70,8 +70,9 @@ def test_optional_packages_are_not_imported() -> None:
 
 
 def test_import_costs_a_quarter_second_beyond_torchs() -> None:
-    """Processor time, the least of five: other programs do not count."""
+    """Processor time, the least of five: other programs do not count. With bytecode, as pip
+    installs it: the first of the five writes it."""
     code = ("import time, torch\nstart = time.process_time()\nimport flexattn\n"
             "print(time.process_time() - start)")
-    costs = [float(output(python(code))) for _ in range(5)]
+    costs = [float(output(python(code, PYTHONDONTWRITEBYTECODE=""))) for _ in range(5)]
     assert min(costs) < 0.25, costs

@@ -89,8 +89,9 @@ def _picture(mask: BlockMask) -> MaskPicture:
     cells = block_cells(mask.rows(), *mask.seq_lengths, limit=(_PICTURE, _PICTURE))
     rows = mask.rows()
     blocks = (rows.end - rows.start).long()
+    broadcast = mask.shape[0] * mask.shape[1] // (rows.batch * rows.heads)
     total = mask.shape[0] * mask.shape[1] * rows.num_rows * -(-mask.shape[3] // rows.col_block)
-    full, visited = int(blocks[rows.full].sum()), int(blocks.sum())
+    full, visited = (broadcast * int(n.sum()) for n in (blocks[rows.full], blocks))
     return MaskPicture(shape=mask.shape, block_size=mask.BLOCK_SIZE, full=full,
                        partial=visited - full, empty=total - visited, runs=len(rows.start),
                        sparsity=round(mask.sparsity(), 2), picture=text_picture(cells))

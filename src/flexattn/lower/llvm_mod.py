@@ -395,7 +395,4 @@ class Code:
 
 
 _ROW_VALUES: dict[str, Callable[..., Value]] = {
-    **ROW_VALUES,
-    "clamped": Code.clamped,
-    OUTSIDE: Code.any_row_outside,
-}
+    **ROW_VALUES, "clamped": Code.clamped, OUTSIDE: Code.any_row_outside}

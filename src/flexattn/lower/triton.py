@@ -17,11 +17,6 @@ kv_idx [N, 1]; b and h are scalars, or tiles when heads are packed into rows):
     grad_offsets(score, b, h, q_idx, kv_idx, args, parts)
                                                   -> (offset0, ...): elements from the start of a
                                                      contiguous tensor of the capture's shape
-    add_grads(d_loads, score, b, h, q_idx, kv_idx, attended, args, parts, grads, KV_AXIS)
-                                                  -> None: atomic adds of d_load<i> (the tuple
-                                                     without d_score) into grads[i], float32 and
-                                                     contiguous; summed over the tile first along
-                                                     axes the index does not depend on
 
 with parts = (head, rows, columns). Compute `head` and the part that a loop does not change before
 the loop (nothing hoists loads in Gluon) and the other part in each step; parts that are not used
@@ -62,8 +57,6 @@ _SIGNATURES = {
     "score_mod": "score, b, h, q_idx, kv_idx, attended, args, parts",
     "score_mod_grad": "score, grad, b, h, q_idx, kv_idx, attended, args, parts",
     "grad_offsets": "score, b, h, q_idx, kv_idx, args, parts",
-    "add_grads": "d_loads, score, b, h, q_idx, kv_idx, attended, args, parts, grads, "
-                 "KV_AXIS: tl.constexpr",
 }
 _HEADER = """\
 import triton
@@ -138,12 +131,12 @@ def lower(score: Graph | None, mask: Graph | None, facts: Facts,
     for role in roles:
         texts.append(_mask_mod(role) if role.prefix == "mask" else _score_mod(role))
     if gradient is not None:
-        texts += [_score_mod_grad(roles[0]), *_grad_offsets(roles[0])]
+        texts += [_score_mod_grad(roles[0]), _grad_offsets(roles[0])]
     return "\n\n".join(texts)
 
 
-def _function(name: str, lines: list[str], result: str | None) -> str:
-    body = "\n".join(f"    {line}" for line in [*lines, *([f"return {result}"] if result else [])])
+def _function(name: str, lines: list[str], result: str) -> str:
+    body = "\n".join(f"    {line}" for line in [*lines, f"return {result}"])
     for part in ("head", "rows", "columns"):
         if name.startswith("mod_"):
             break
@@ -217,26 +210,8 @@ def _score_mod_grad(role: Role) -> str:
     return _function("score_mod_grad", writer.lines, _tuple(values))
 
 
-def _grad_offsets(role: Role) -> list[str]:
-    """grad_offsets, and add_grads that uses it."""
+def _grad_offsets(role: Role) -> str:
     writer = Writer(role, TILE, [])
     loads = [n for name, n in role.graph.outputs if name.startswith("load")]
     offsets = [writer.offset(n) for n in loads]
-    texts = [_function("grad_offsets", writer.lines, _tuple(offsets))]
-    lines = ["offsets = grad_offsets(score, b, h, q_idx, kv_idx, args, parts)"] if loads else []
-    for i, n in enumerate(loads):
-        level = max((role.level[a] for a in n.args), key=lambda x: x, default=HEAD)
-        for a in n.args:
-            level |= role.level[a]
-        value = f"tl.where(attended, d_loads[{i}], 0.0)"
-        if level == ROWS:
-            value = f"tl.sum({value}, KV_AXIS, keep_dims=True)"
-        elif level == COLUMNS:
-            value = f"tl.sum({value}, 1 - KV_AXIS, keep_dims=True)"
-        elif level == HEAD:
-            value = f"tl.sum(tl.sum({value}, 1), 0)"
-        lines += [f"d{i} = {value}",
-                  f"tl.atomic_add(grads[{i}] + offsets[{i}], d{i}, mask=d{i} != 0.0, "
-                  'sem="relaxed")']
-    texts.append(_function("add_grads", lines or ["pass"], None))
-    return texts
+    return _function("grad_offsets", writer.lines, _tuple(offsets))

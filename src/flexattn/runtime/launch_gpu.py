@@ -32,18 +32,17 @@ from flexattn.runtime.call import Call, Gradients, Result
 from flexattn.runtime.gpu_launch import Prepared, PreparedBackward, Refusal
 from flexattn.trace import Mod
 
-KERNELS: dict[str, Callable[[Call], Prepared | Refusal]] = {
+FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
     "triton decode": launch_triton_decode.prepare,
     "hopper": launch_hopper.prepare,
     "triton": launch_triton.prepare,
 }
 # Kernels whose tests on a GPU have not all passed yet serve only those who ask for them.
-_UNPROVEN = frozenset({"triton decode", "hopper"})
-_PROVEN_ONLY = os.environ.get("FLEXATTN_UNPROVEN") != "1"
-FORWARD = {name: prepare for name, prepare in KERNELS.items()
-           if not (_PROVEN_ONLY and name in _UNPROVEN)}
+_UNPROVEN = frozenset() if os.environ.get("FLEXATTN_UNPROVEN") == "1" else frozenset(
+    {"triton decode", "hopper"})
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHECK = os.environ.get("FLEXATTN_CHECK") == "1"
+_OFF = Refusal("not proven on a GPU yet: FLEXATTN_UNPROVEN=1 lets it serve")
 _MOST_PREPARED = 4096
 _HERE = nullcontext()
 
@@ -131,7 +130,7 @@ def _chosen(call: Call) -> Choice:
                                  remedy="convert the tensors, or run them on the CPU"))
     refusals: list[tuple[str, str]] = []
     for name, prepare in FORWARD.items():
-        prepared = prepare(call)
+        prepared = _OFF if name in _UNPROVEN else prepare(call)
         if isinstance(prepared, Prepared):
             return Choice(name, prepared, tuple(refusals), (call.score, call.mask))
         refusals.append((name, prepared.reason))

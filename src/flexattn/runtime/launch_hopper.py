@@ -7,7 +7,6 @@ give it a smaller tile.
 
 from __future__ import annotations
 
-from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,14 +109,13 @@ class HopperPlan:
         results = Results(f"*{kind}", "i64", "i64", "i64", "i32",
                           "*fp32" if self.want_lse else "constexpr",
                           "*fp32" if self.want_max_scores else "constexpr")
-        arguments = namedtuple("arguments", self.code.fields)  # type: ignore[misc]
         signature: dict[str, Any] = {
             "q_desc": descriptor_type(kind, 64, config.head_chunk),
             "k_desc": descriptor_type(kind, config.tile_kv, config.head_chunk),
             "v_desc": descriptor_type(kind, config.tile_kv, config.value_dim),
             "results": results, "sizes": Sizes(*["i32"] * 8),
             "table": Table("*i32", "*i32", "*i32", "i32", "i32") if self.sparse else "constexpr",
-            "args": arguments(*self.code.types), "counter": "*i32", "scale": "fp32",
+            "args": self.code.argument_type(), "counter": "*i32", "scale": "fp32",
             "C": "constexpr", "MODS": "constexpr"}
         constants: dict[Any, Any] = {"C": config, "MODS": load(self.code.text)}
         if not self.sparse:

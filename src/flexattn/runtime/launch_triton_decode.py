@@ -6,7 +6,6 @@ calls of many queries, and of several that fill the GPU without dealing out keys
 
 from __future__ import annotations
 
-from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +27,8 @@ from flexattn.runtime.gpu_mods import (
 )
 from flexattn.runtime.gpu_tables import Tables, tables
 from flexattn.runtime.launch_triton import (
+    TABLE,
+    TENSOR,
     alignment,
     is_aligned,
     like_query,
@@ -35,8 +36,6 @@ from flexattn.runtime.launch_triton import (
     with_rows,
 )
 
-_TENSOR = ("i64", "i64", "i64")  # strides of batches, heads and rows
-_TABLE = ("*i32", "*i32", "*i32", "*i64")
 _RESERVED_SHARED = 1024  # bytes that each program takes besides its own
 _MOST_AT_ONCE = 4  # programs of a multiprocessor
 _INTERPRETED_AT_ONCE = 8
@@ -112,9 +111,8 @@ class DecodePlan:
     def source(self) -> Source:
         from flexattn.kernels.triton_decode import decode
 
-        tensor = (f"*{TYPES[self.dtype]}", *_TENSOR)
-        table = _TABLE if self.facts.sparse else "constexpr"
-        arguments = namedtuple("arguments", self.code.fields)  # type: ignore[misc]
+        tensor = (f"*{TYPES[self.dtype]}", *TENSOR)
+        table = TABLE if self.facts.sparse else "constexpr"
         signature = {
             "q": tensor, "k": tensor, "v": tensor,
             "out": "constexpr" if self.split else tensor,
@@ -122,7 +120,7 @@ class DecodePlan:
             "max_scores": "*fp32" if self.want_max_scores and not self.split else "constexpr",
             "parts": "*fp32" if self.split else "constexpr",
             "full": table, "partial": table, "sizes": ("i32",) * 8, "blocks": ("i32",) * 2,
-            "scale": "fp32", "args": arguments(*self.code.types), "MODS": "constexpr",
+            "scale": "fp32", "args": self.code.argument_type(), "MODS": "constexpr",
             "F": "constexpr"}
         constants: dict[str, Any] = {n: None for n, t in signature.items() if t == "constexpr"}
         constants |= {"MODS": load(self.code.text), "F": self.facts}
@@ -153,7 +151,7 @@ class CombinePlan:
         from flexattn.kernels.triton_decode import combine
 
         signature = {
-            "parts": "*fp32", "out": (f"*{TYPES[self.dtype]}", *_TENSOR),
+            "parts": "*fp32", "out": (f"*{TYPES[self.dtype]}", *TENSOR),
             "lse": "*fp32" if self.want_lse else "constexpr",
             "max_scores": "*fp32" if self.want_max_scores else "constexpr",
             "sizes": ("i32",) * 4, "VALUE_DIM": "constexpr", "COLUMNS": "constexpr",
