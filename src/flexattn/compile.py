@@ -24,6 +24,7 @@ from threading import Lock
 from typing import Any
 
 import torch
+from llvmlite import binding as llvm
 
 
 @dataclass(frozen=True)
@@ -47,24 +48,16 @@ class Host:
         """Whether products of pairs of bfloat16 are worth using: twice as fast as float32's on
         AMD's Zen 4, a third slower on an Intel Xeon (Emerald Rapids); LLVM must know the type."""
         has = "+avx512bf16" in self.features.split(",") and self.cpu.startswith("znver")
-        return has and self.vector_bits == 512 and _llvm().llvm_version_info[0] >= 16
-
-
-@cache
-def _llvm() -> Any:
-    """llvmlite, imported when it is first needed: that takes a tenth of a second."""
-    from llvmlite import binding
-
-    return binding
+        return has and self.vector_bits == 512 and llvm.llvm_version_info[0] >= 16
 
 
 @cache
 def host() -> Host:
     """The processor we run on, limited as torch is (ATEN_CPU_CAPABILITY=avx2)."""
-    features = _llvm().get_host_cpu_features().flatten()
+    features = llvm.get_host_cpu_features().flatten()
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         features = features.replace("+avx512", "-avx512")
-    return Host(_llvm().get_process_triple(), _llvm().get_host_cpu_name(), features)
+    return Host(llvm.get_process_triple(), llvm.get_host_cpu_name(), features)
 
 
 class Library:
@@ -110,7 +103,7 @@ def library(key: str, build: Callable[[], str], exports: Sequence[str]) -> Libra
 def compile_object(text: str, target: Host | None = None) -> bytes:
     """Object code of a module, for this host unless told."""
     machine = _machine(target or host())
-    module = _llvm().parse_assembly(text, _llvm().create_context())
+    module = llvm.parse_assembly(text, llvm.create_context())
     module.triple = machine.triple
     return machine.emit_object(module)
 
@@ -118,37 +111,37 @@ def compile_object(text: str, target: Host | None = None) -> bytes:
 def assembly(text: str, target: Host | None = None) -> str:
     """Assembly of a module, for tests and for reading."""
     machine = _machine(target or host())
-    return machine.emit_assembly(_llvm().parse_assembly(text, _llvm().create_context()))
+    return machine.emit_assembly(llvm.parse_assembly(text, llvm.create_context()))
 
 
 @cache
 def _initialize() -> None:
-    if _llvm().llvm_version_info[0] < 20:
-        _llvm().initialize()
-    _llvm().initialize_native_target()
-    _llvm().initialize_native_asmprinter()
+    if llvm.llvm_version_info[0] < 20:
+        llvm.initialize()
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
 
 
-def _machine(target: Host) -> Any:
+def _machine(target: Host) -> llvm.TargetMachine:
     """A new one each time: they are not safe to share between threads."""
     _initialize()
     if target != host():
-        _llvm().initialize_all_targets()
-        _llvm().initialize_all_asmprinters()
-    return _llvm().Target.from_triple(target.triple).create_target_machine(
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+    return llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=2, jit=True, codemodel="jitdefault")
 
 
 @cache
-def _jit() -> Any:
-    return _llvm().create_lljit_compiler(_machine(host()))
+def _jit() -> llvm.LLJIT:
+    return llvm.create_lljit_compiler(_machine(host()))
 
 
 _link_names = count()
 
 
 def _link(code: bytes, exports: Sequence[str]) -> Library:
-    builder = _llvm().JITLibraryBuilder().add_object_img(code).add_current_process()
+    builder = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
     for symbol in exports:
         builder.export_symbol(symbol)
     jit = _jit()
@@ -170,7 +163,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _digest(key: str) -> str:
-    facts = (key, host(), _llvm().llvm_version_info, generators())
+    facts = (key, host(), llvm.llvm_version_info, generators())
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
