@@ -1,14 +1,18 @@
 """The models suite: training steps and generation of transformers' models, by attention.
 
 In: the options of benchmarks.run. Out: rows, a generator for each section. Shapes are those of
-Gemma 2 and Mistral, scaled down on a CPU; weights are random. "without attention" replaces
-attention by a copy of its values: what is missing to a provider's time is attention's share.
+Gemma 2, Mistral and Llama 3, scaled down on a CPU; weights are random. "without attention"
+replaces attention by a copy of its values: what is missing to a provider's time is attention's
+share. A provider that cannot run a case, or for which it is too large, is named on stderr and left
+out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,10 +22,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.measure import Times, interleaved
+from benchmarks.measure import Times, interleaved, synchronize
 from benchmarks.report import Row
 from flexattn.integrations.transformers import register
 
+DEVICE = "cpu"
 WITHOUT = "without attention"
 PROVIDERS = {"ours": "flexattn", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention",
              WITHOUT: "none"}
@@ -43,7 +48,7 @@ class Workload:
         c = self.config
         return (f"B{self.batch} S{self.length} layers{c.num_hidden_layers} "
                 f"H{c.num_attention_heads}/{c.num_key_value_heads} D{c.head_dim} "
-                f"hidden{c.hidden_size} window{c.sliding_window}")
+                f"hidden{c.hidden_size} window{getattr(c, 'sliding_window', None)}")
 
 
 def _sizes(hidden: int, inner: int, heads: int, kv_heads: int, head_dim: int, layers: int,
@@ -65,24 +70,42 @@ def small() -> Iterator[Workload]:
 
 
 def large() -> Iterator[Workload]:
-    """For one GPU: the layers of Gemma 2 9B at its full length."""
-    config = transformers.Gemma2Config(**_sizes(3584, 14336, 16, 8, 256, 4, 8192, 4096))
-    yield Workload("gemma2", config, 1, 8192, torch.bfloat16, "cuda")
+    """For one GPU: a sliding and a full layer of Gemma 2 9B at its full length; and, since SDPA
+    knows no softcap, the same without it."""
+    sizes = _sizes(3584, 14336, 16, 8, 256, 2, 8192, 4096)
+    for name, cap in (("gemma2", 50.0), ("gemma2_no_softcap", None)):
+        config = transformers.Gemma2Config(**sizes, attn_logit_softcapping=cap)
+        yield Workload(name, config, 1, 8192, torch.bfloat16, "cuda")
+
+
+def served() -> Iterator[Workload]:
+    """For one GPU: four layers of Llama 3 8B."""
+    sizes = _sizes(4096, 14336, 32, 8, 128, 4, 8192, 0)
+    del sizes["sliding_window"]
+    yield Workload("llama3", transformers.LlamaConfig(**sizes), 16, 4096, torch.bfloat16, "cuda")
+
+
+CASES = ("gemma2", "gemma2_no_softcap", "mistral", "llama3")
+
+
+def _chosen(workloads: Iterator[Workload], options: argparse.Namespace) -> Iterator[Workload]:
+    return (w for w in workloads if not options.cases or w.name in options.cases)
 
 
 def training(options: argparse.Namespace) -> Iterator[Row]:
     """One step: forward, backward, AdamW."""
-    for workload in small() if options.device == "cpu" else large():
+    for workload in _chosen(small() if options.device == "cpu" else large(), options):
         yield from _compare(workload, _training_step, options)
 
 
 def generation(options: argparse.Namespace) -> Iterator[Row]:
     """Greedy tokens after a prompt, with a cache that grows."""
     cpu = options.device == "cpu"
-    batch, prompt, new = (4, 512, 32) if cpu else (16, 4096, 256)
-    for workload in small() if cpu else large():
-        yield from _compare(replace(workload, batch=batch, length=prompt),
-                            partial(_generation, new=new), options)
+    for workload in _chosen(small() if cpu else served(), options):
+        if cpu:
+            workload = replace(workload, batch=4, length=512)
+        yield from _compare(workload, partial(_generation, new=32 if cpu else 256), options,
+                            warm=partial(_generation, new=8))
 
 
 SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
@@ -90,22 +113,46 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 }
 
 
-def _compare(workload: Workload, make: Callable[[Any, Workload], Callable[[], object]],
-             options: argparse.Namespace) -> Iterator[Row]:
-    """One model serves all providers, told before each run whose attention to use."""
+Make = Callable[[Any, Workload], Callable[[], object]]
+
+
+def _compare(workload: Workload, make: Make, options: argparse.Namespace,
+             warm: Make | None = None) -> Iterator[Row]:
+    """One model serves all providers, told before each run whose attention to use. `warm` makes a
+    shorter run that meets all that is to be compiled."""
     register()
     transformers.AttentionInterface.register("none", _values_alone)
     transformers.AttentionMaskInterface.register("none", lambda *_, **__: None)
+    torch._dynamo.config.recompile_limit = 64  # torch's flex_attention is to stay compiled
     net = _model(workload)
     run = make(net, workload)
+    first = warm(net, workload) if warm else run
+    asked = [*options.providers, WITHOUT] if options.providers else PROVIDERS
     runs = {name: partial(_run_with, net, attention, run)
-            for name, attention in PROVIDERS.items() if _serves(name, workload)}
+            for name, attention in PROVIDERS.items() if name in asked and _serves(name, workload)
+            and _runs(name, partial(_run_with, net, attention, first), workload)}
     times = interleaved(runs, rounds=options.rounds, device=workload.device)
     for name, t in times.items():
         yield Row(workload.name, workload.shape, str(workload.dtype).removeprefix("torch."), name,
                   t.median * 1e3, spread=t.spread, rate=_share(t, times[WITHOUT]),
-                  rate_unit="% attention",
-                  ours_is_faster=None if name == "ours" else t.slower_than(times["ours"]))
+                  rate_unit="% attention", ours_is_faster=t.slower_than(times["ours"])
+                  if "ours" in times and name != "ours" else None)
+
+
+def _runs(name: str, run: Callable[[], object], workload: Workload) -> bool:
+    """Whether it does, once; why not is said."""
+    try:
+        run()
+        synchronize(workload.device)
+    except Exception as problem:
+        print(f"\n{workload.name}, {name}: {type(problem).__name__}: {str(problem)[:120]}",
+              file=sys.stderr)
+        return False
+    finally:
+        gc.collect()
+        if workload.device != "cpu":
+            torch.get_device_module(workload.device).empty_cache()
+    return True
 
 
 def _run_with(net: Any, attention: str, run: Callable[[], object]) -> object:

@@ -22,7 +22,7 @@ from flexattn.errors import ArgumentError, DeviceError, DtypeError, ShapeError, 
 from flexattn.runtime import operator  # noqa: F401  the operators that dynamo calls
 from flexattn.runtime.autograd import attend
 from flexattn.runtime.call import Call, Result
-from flexattn.trace import specialize, trace_score_mod
+from flexattn.trace import Mod, specialize, trace_score_mod
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -106,7 +106,7 @@ def flex_attention(
         _check_mask(block_mask, query, key)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     aux = return_aux or AuxRequest(lse=return_lse)
-    if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
+    if by_operator():
         result = _by_operator(query, key, value, score_mod, block_mask, scale, aux)
     else:
         result = attend(_call(query, key, value, score_mod, block_mask, scale, aux,
@@ -123,6 +123,11 @@ def _autocast(*tensors: Tensor) -> Any:
     return [t.to(dtype) if t.dtype in _DTYPES[:3] else t for t in tensors]
 
 
+def by_operator() -> bool:
+    """Whether a compiler or a dispatch mode watches: it has to see an operator."""
+    return torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _by_operator(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable | None,
                  block_mask: BlockMask | None, scale: float, aux: AuxRequest) -> Result:
     """The call as an operator that compilers and dispatch modes see (runtime.operator)."""
@@ -133,12 +138,12 @@ def _by_operator(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable 
         table, mask_mod = block_mask.rows(), block_mask.element_mod()
         runs = [table.offsets, table.start, table.end, table.full]
         sizes = [table.batch, table.heads, table.row_block, table.col_block, *block_mask.shape]
-    out, lse, top = with_mods("attention", query, _score_dtype(query), score_mod, mask_mod, query,
+    out, lse, top = with_mods("attention", query, score_dtype(query), score_mod, mask_mod, query,
                               key, value, runs, sizes, scale, aux.max_scores)
     return Result(out, lse if aux.lse else None, top if aux.max_scores else None)
 
 
-def _score_dtype(query: Tensor) -> torch.dtype:
+def score_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype is torch.float64 else torch.float32
 
 
@@ -148,12 +153,13 @@ def _returned(result: Result, return_lse: bool, return_aux: AuxRequest | None) -
     return (result.out, result.lse) if return_lse else result.out
 
 
-def _call(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable | None,
+def _call(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable | Mod | None,
           block_mask: BlockMask | None, scale: float, aux: AuxRequest,
           options: Mapping[str, Any]) -> Call:
+    """Integrations that know what their mods capture give a Mod, traced once."""
     mask = None if block_mask is None else block_mask.traced(query.device)
-    score = None if score_mod is None else specialize(
-        trace_score_mod(score_mod, _score_dtype(query), query.device))
+    score = score_mod if score_mod is None or isinstance(score_mod, Mod) else specialize(
+        trace_score_mod(score_mod, score_dtype(query), query.device))
     return Call(query, key, value, scale, score, mask, block_mask, aux.lse, aux.max_scores,
                 options)
 

@@ -19,7 +19,11 @@ if importlib.util.find_spec("transformers") is None and not os.environ.get("CI")
     pytest.skip("needs transformers: pip install -e '.[dev]'", allow_module_level=True)
 
 import transformers
+from transformers import masking_utils
 
+import flexattn.attention as attention_room
+import flexattn.block_mask.mask as block_mask_room
+from flexattn import BlockMask
 from flexattn.errors import ArgumentError, ShapeError
 from flexattn.integrations import transformers as integration
 from tests.integrations.tiny_models import (
@@ -135,6 +139,7 @@ def _cache_argument() -> str:
 
 
 CACHE = _cache_argument()
+CACHE_OUTPUT = "past_key_values"
 
 
 # Packed documents
@@ -228,6 +233,49 @@ def test_masks_are_made_once_per_forward(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(made) == 4
     net(tokens)  # without padding nothing depends on the batch: kept across forwards
     assert len(made) == 4
+
+
+def test_a_decoded_token_without_padding_has_no_mask() -> None:
+    """Nor has one whose window is all there is in the cache."""
+    causal = masking_utils.causal_mask_function
+    window = masking_utils.sliding_window_causal_mask_function(40)
+    for mask_function, first in ((causal, 0), (window, 61)):
+        made = [integration.attention_mask(2, 1, 101 - first, 100, first, mask_function, real)
+                for real in (None, torch.ones(2, 101, dtype=torch.bool))]
+        assert made == [None, None]
+    assert integration.attention_mask(2, 1, 101, 100, 0, window) is not None
+    assert integration.attention_mask(2, 1, 101, 99, 0, causal) is not None
+
+
+def test_the_mask_of_a_decoded_token_reads_no_value_and_looks_at_no_block(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read would make a GPU wait: tensors without values raise."""
+    monkeypatch.setattr(integration, "create_block_mask", None)
+    real = torch.ones(2, 101, dtype=torch.bool, device="meta")
+    for offset in (100, torch.empty((), dtype=torch.int64, device="meta")):
+        for mask_function in (masking_utils.causal_mask_function,
+                              masking_utils.sliding_window_causal_mask_function(40)):
+            made = integration.attention_mask(2, 1, 101, offset, 0, mask_function, real, "meta")
+            assert isinstance(made, BlockMask) and made.shape == (2, 1, 1, 101)
+
+
+def test_masks_and_softcap_are_traced_once_for_all_layers_and_steps(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    for room in (block_mask_room, attention_room, integration):
+        for name in ("trace_mask_mod", "trace_score_mod"):
+            if hasattr(room, name):
+                real_trace = getattr(room, name)
+                monkeypatch.setattr(room, name, lambda *a, f=real_trace: calls.append(a) or f(*a))
+    net = model("gemma2", "flexattn")
+    tokens, real = padded([40, 77], 77, left=True)
+    with torch.no_grad():
+        cache = net(tokens, attention_mask=real, use_cache=True)[CACHE_OUTPUT]
+        net(tokens[:, :1], attention_mask=torch.cat([real, real[:, :1] | 1], 1), **{CACHE: cache})
+        calls.clear()
+        net(tokens[:, :1], attention_mask=torch.cat([real, real[:, :2] | 1], 1), **{CACHE: cache})
+    masks_a_kind = 3  # does it attend to all; its graph; once for all layers
+    assert len(calls) <= 2 * masks_a_kind
 
 
 def test_dropout_is_refused() -> None:

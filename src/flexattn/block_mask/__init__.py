@@ -2,8 +2,10 @@
 
 from flexattn.block_mask.create import create_block_mask, create_mask
 from flexattn.block_mask.mask import BlockMask
+from flexattn.block_mask.settled import SettledMask, UndividedMask, settled, undivided
 from flexattn.block_mask.tree import register
 
-register(BlockMask)
+for _kind in (BlockMask, SettledMask, UndividedMask):
+    register(_kind)
 
-__all__ = ["BlockMask", "create_block_mask", "create_mask"]
+__all__ = ["BlockMask", "create_block_mask", "create_mask", "settled", "undivided"]

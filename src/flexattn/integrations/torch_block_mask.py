@@ -20,21 +20,24 @@ def as_torch(mask: BlockMask) -> BlockMask:
     torch.compile, which follows no such class, it stays ours."""
     if torch.compiler.is_compiling():
         return mask
-    cls = _class()
-    if isinstance(mask, cls):
+    if isinstance(mask, _torch_class()):
         return mask
-    made = object.__new__(cls)
+    ours: Any = type(mask)
+    made = object.__new__(_class(ours))
     made.__dict__.update(mask.__dict__)
     return made
 
 
 @cache
-def _class() -> type[BlockMask]:
+def _torch_class() -> Any:
     from torch.nn.attention import flex_attention
 
-    torch_class: Any = flex_attention.BlockMask
+    return flex_attention.BlockMask
 
-    class TorchCompatibleBlockMask(BlockMask, torch_class):
+
+@cache
+def _class(ours: Any) -> type[BlockMask]:
+    class TorchCompatibleBlockMask(ours, _torch_class()):  # type: ignore[misc]
         """A flexattn.BlockMask that is also torch's."""
 
     register(TorchCompatibleBlockMask)

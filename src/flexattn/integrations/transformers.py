@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from flexattn.attention import AuxRequest, flex_attention
-from flexattn.block_mask import BlockMask, create_block_mask
+from flexattn.attention import AuxRequest, by_operator, flex_attention, score_dtype
+from flexattn.block_mask import BlockMask, create_block_mask, settled, undivided
 from flexattn.errors import ArgumentError, FlexAttnError, ShapeError, message
 from flexattn.integrations.torch_block_mask import as_torch
+from flexattn.ir.evaluate import evaluate
 from flexattn.masks import and_masks, causal
 from flexattn.mods import attention_sink, chain, learned_bias, softcap
-from flexattn.trace import Trace, specialize, trace_mask_mod
+from flexattn.trace import Mod, Trace, specialize, trace_mask_mod, trace_score_mod
 
 
 class TransformersMissingError(FlexAttnError, ImportError):
@@ -70,27 +71,39 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
 
     Returns: a BlockMask; None where everything is attended.
     """
-    real = _real_tokens(attention_mask, kv_length + kv_offset)
+    decoding = q_length == 1 and not torch.compiler.is_compiling()
+    real = _real_tokens(attention_mask, kv_length + kv_offset, decoding)
     if real is None and allow_is_bidirectional_skip and _attends_all(mask_function):
         return None
-    mask = mask_function if real is None else and_masks(mask_function, _keys_in(real))
+    if decoding and isinstance(q_offset, int) and _attends_to_all(
+            mask_function, q_offset, kv_offset, kv_length, device):
+        if real is None:
+            return None
+        mask = _keys_in(real)
+    else:
+        mask = mask_function if real is None else and_masks(mask_function, _keys_in(real))
     mask = _shifted(mask, q_offset, kv_offset)
     if torch.compiler.is_compiling():  # made in the graph, and not kept beyond it
         return create_block_mask(mask, batch_size, None, q_length, kv_length, device=device)
     trace = trace_mask_mod(mask, device)
-    batch = batch_size if "b" in specialize(trace).graph.inputs() else None
-    sizes = (batch, q_length, kv_length, str(device))
+    reads = specialize(trace).graph.inputs()
+    sizes = (batch_size if "b" in reads else None, q_length, kv_length, str(device))
+    if decoding and "h" not in reads:
+        return as_torch(undivided(mask, sizes[0] or 1, q_length, kv_length, device))
     return _block_mask(mask, *sizes) if trace.captures else _kept(_Pattern(trace, mask), *sizes)
 
 
-def _real_tokens(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """bool [B, at least `length`]; None without padding. Positions beyond the mask are padding."""
+def _real_tokens(attention_mask: Tensor | None, length: int, decoding: bool) -> Tensor | None:
+    """bool [B, at least `length`]; None without padding. Positions beyond the mask are padding.
+    Decoding waits for no GPU to know whether there is padding."""
     if attention_mask is None:
         return None
     missing = length - attention_mask.shape[-1]
-    if missing <= 0 and not torch.compiler.is_compiling() and bool(attention_mask.all()):
+    waits = decoding and attention_mask.device.type != "cpu"
+    if missing <= 0 and not waits and not torch.compiler.is_compiling() \
+            and bool(attention_mask.all()):
         return None
-    return torch.nn.functional.pad(attention_mask, (0, max(missing, 0)))
+    return torch.nn.functional.pad(attention_mask, (0, missing)) if missing > 0 else attention_mask
 
 
 def _keys_in(real: Tensor) -> Callable:
@@ -101,6 +114,17 @@ def _attends_all(mask_function: Callable) -> bool:
     from transformers.masking_utils import bidirectional_mask_function
 
     return mask_function is bidirectional_mask_function
+
+
+def _attends_to_all(mask_function: Callable, query: int, first: int, keys: int,
+                    device: torch.device | str) -> bool:
+    """Whether the query at position `query` attends to all keys, whatever its batch entry and
+    head; False where that depends on tensors. Keys of one query are few: all are looked at."""
+    mod = specialize(trace_mask_mod(mask_function, device))
+    if mod.captures or not mod.graph.inputs() <= {"q_idx", "kv_idx"}:
+        return False
+    positions = {"q_idx": torch.tensor(query), "kv_idx": torch.arange(first, first + keys)}
+    return bool(evaluate(mod.graph, positions, (), mod.numbers)["mask"].all())
 
 
 def _shifted(mask_function: Callable, q_offset: int | Tensor, kv_offset: int) -> Callable:
@@ -137,7 +161,7 @@ def _kept(pattern: _Pattern, *sizes: Any) -> BlockMask:
 
 def _block_mask(mask: Callable, batch: int | None, q_len: int, kv_len: int,
                 device: str) -> BlockMask:
-    return as_torch(create_block_mask(mask, batch, None, q_len, kv_len, device=device))
+    return as_torch(settled(create_block_mask(mask, batch, None, q_len, kv_len, device=device)))
 
 
 # Attention: called by each layer
@@ -164,7 +188,7 @@ def attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor
         attention_mask = _kept(_Pattern(trace_mask_mod(causal, query.device), causal), None,
                                query.shape[2], key.shape[2], str(query.device))
     block_mask, bias = _mask_and_bias(attention_mask, query, key)
-    score_mod = _score_mod(softcap, bias, position_bias)
+    score_mod = _score_mod(query, softcap, bias, position_bias)
     arguments: dict[str, Any] = {"score_mod": score_mod, "block_mask": block_mask,
                                  "scale": scaling, "enable_gqa": True}
     if s_aux is None:
@@ -186,10 +210,19 @@ def _check(dropout: float, output_attentions: bool | None) -> None:
                       "use attn_implementation='eager' for them", stacklevel=3)
 
 
-def _score_mod(cap: float | None, *biases: Tensor | None) -> Callable | None:
-    mods = [] if cap is None else [softcap(cap)]
-    mods += [learned_bias(bias) for bias in biases if bias is not None]
-    return chain(*mods) if mods else None
+def _score_mod(query: Tensor, cap: float | None, *biases: Tensor | None) -> Callable | Mod | None:
+    given = [learned_bias(bias) for bias in biases if bias is not None]
+    if cap is not None:
+        if not given and not by_operator():
+            return _softcap(cap, score_dtype(query))
+        given.insert(0, softcap(cap))
+    return chain(*given) if given else None
+
+
+@lru_cache(maxsize=32)
+def _softcap(cap: float, dtype: torch.dtype) -> Mod:
+    """Traced once for all layers and steps."""
+    return specialize(trace_score_mod(softcap(cap), dtype))
 
 
 # Mask tensors that a caller made: the same object goes to every layer

@@ -1,7 +1,7 @@
 """The block mask as GPU kernels read it: full and partial blocks in a table each.
 
 In: a BlockMask and a kernel's tile. Out: tables of (offsets, start, end, blocks before), kept with
-the mask.
+the mask, and with the runs where masks share them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from flexattn.analysis.block_sparsity import RunTable
 from flexattn.block_mask import BlockMask
@@ -44,6 +45,18 @@ def tables(mask: BlockMask, tile_q: int, tile_kv: int, by_columns: bool = False)
     if found is None:
         fine = mask.regrid(tile_q, tile_kv)
         runs = fine.columns() if by_columns else fine.rows()
+        found = known[key] = _of_runs(runs)
+    return found
+
+
+_shared: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # masks may share their runs
+
+
+def _of_runs(runs: RunTable) -> Tables:
+    known = _shared.setdefault(runs.full, {})
+    key = (id(runs.offsets), runs.batch, runs.heads)
+    found = known.get(key)
+    if found is None:
         found = known[key] = Tables(_selected(runs, runs.full), _selected(runs, ~runs.full),
                                     runs.batch, runs.heads)
     return found
