@@ -90,17 +90,25 @@ _binaries: dict[tuple[str, Target], Binary] = {}
 
 def binary(key: str, target: Target, build: Callable[[], Source]) -> Binary:
     """The compiled kernel for `key`, which must say everything that `build()` depends on."""
-    found = _binaries.get((key, target))
-    if found is None:
-        name = hashlib.sha256(repr((key, target, _triton_version(), compile.generators())
-                                   ).encode()).hexdigest()
-        data = compile.read(name, ".gpu")
-        found = _unpacked(data) if data is not None else None
-        if found is None:
-            found = compiled(build(), target)
-            compile.write(name, ".gpu", _packed(found))
-        _binaries[key, target] = found
-    return found
+    if not ready(key, target):
+        found = _binaries[key, target] = compiled(build(), target)
+        compile.write(_file(key, target), ".gpu", _packed(found))
+    return _binaries[key, target]
+
+
+def ready(key: str, target: Target) -> bool:
+    """Whether `binary` finds the kernel in a cache, without a compiler."""
+    if (key, target) not in _binaries:
+        data = compile.read(_file(key, target), ".gpu")
+        if data is None:
+            return False
+        _binaries[key, target] = _unpacked(data)
+    return True
+
+
+def _file(key: str, target: Target) -> str:
+    facts = (key, target, _triton_version(), compile.generators())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 @cache

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from flexattn import masks
 from flexattn.analysis import block_sparsity, interval_rules, undecided
-from flexattn.analysis.block_sparsity import kinds_of_runs, mask_sparsity
+from flexattn.analysis.block_sparsity import grid_of, kinds_of_runs, mask_sparsity
 from flexattn.ir.ops import Op
 from flexattn.trace import specialize, trace_mask_mod
 from tests.analysis.library import LIBRARY, NEVER_EVALUATED, RANDOM_BY_NATURE
@@ -23,7 +23,8 @@ BLOCKS = (16, 32, 48, 64, 100, 128, 256)
 
 
 def found(mask, sizes, blocks):
-    return mask_sparsity(specialize(trace_mask_mod(mask)), *sizes, *blocks, CPU)
+    mod = specialize(trace_mask_mod(mask))
+    return mask_sparsity(mod, grid_of(mod, *sizes, *blocks), CPU)
 
 
 def brute_force(mask, sizes, blocks):

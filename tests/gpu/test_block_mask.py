@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flexattn import create_block_mask, masks
-from flexattn.analysis.block_sparsity import kinds_of_runs, mask_sparsity
+from flexattn.analysis.block_sparsity import grid_of, kinds_of_runs, mask_sparsity
+from flexattn.runtime import launch_block_mask
 from flexattn.trace import specialize, trace_mask_mod
 from tests.analysis.library import LIBRARY
 from tests.analysis.random_masks import RandomMask
@@ -18,11 +19,18 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 GPU = torch.device("cuda", 0)
 
 
-def check(mask, sizes, blocks):
+def check(mask, sizes, blocks, by_kernel=True):
+    """Step by step, and by_kernel: by one kernel for all blocks; False where it is refused."""
     mod = specialize(trace_mask_mod(mask, GPU))
-    table = mask_sparsity(mod, *sizes, *blocks, GPU).table
-    got = kinds_of_runs(table, -(-sizes[3] // blocks[1])).expand(*sizes[:2], -1, -1)
-    assert torch.equal(got, brute_force(mask, sizes, blocks)), (sizes, blocks)
+    grid = grid_of(mod, *sizes, *blocks)
+    wanted = brute_force(mask, sizes, blocks)
+    tables = [mask_sparsity(mod, grid, GPU).table]
+    if by_kernel:
+        tables.append(launch_block_mask.runs(mod, grid, GPU, at_once=True))
+    for table in (t for t in tables if not isinstance(t, str)):
+        got = kinds_of_runs(table, -(-sizes[3] // blocks[1])).expand(*sizes[:2], -1, -1)
+        assert torch.equal(got, wanted), (sizes, blocks)
+    return not isinstance(tables[-1], str)
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -30,9 +38,9 @@ def test_library_masks(name, seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     with torch.device(GPU):
-        for _ in range(2):
+        for by_kernel in (True, False):
             sizes, blocks = sizes_of(rng)
-            check(LIBRARY[name](rng, *sizes), sizes, blocks)
+            assert check(LIBRARY[name](rng, *sizes), sizes, blocks, by_kernel)
 
 
 @pytest.mark.parametrize("part", range(4))
@@ -41,7 +49,7 @@ def test_random_masks(part, seed):
         rng = random.Random(seed + number)
         mask = RandomMask(rng, "cuda")
         with torch.device(GPU):
-            check(mask, *sizes_of(rng))
+            check(mask, *sizes_of(rng), by_kernel=number % 3 == 0)
 
 
 def test_long_masks_are_those_of_the_cpu():
@@ -53,6 +61,17 @@ def test_long_masks_are_those_of_the_cpu():
                  lambda mask: mask.regrid(192, 64).rows()):
         for name in ("offsets", "start", "end", "full"):
             assert torch.equal(getattr(made(here), name), getattr(made(there), name).cpu())
+
+
+def test_the_kernel_serves_from_the_second_mask_on():
+    ids = torch.arange(1 << 18, device=GPU) // 263
+    mod = specialize(trace_mask_mod(masks.causal_document(ids), GPU))
+    grid = grid_of(mod, 1, 1, 1 << 18, 1 << 18, 128, 112)
+    first, second = (launch_block_mask.runs(mod, grid, GPU) for _ in range(2))
+    wanted = mask_sparsity(mod, grid, GPU).table
+    assert "next mask" in first
+    for name in ("offsets", "start", "end", "full"):
+        assert torch.equal(getattr(second, name), getattr(wanted, name))
 
 
 def test_moves_there_and_back():

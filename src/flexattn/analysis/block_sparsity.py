@@ -9,9 +9,10 @@ once as are likely to fit. A dimension (batch, head) that the mod does not read 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,8 +36,24 @@ from flexattn.analysis.undecided import Found, Grid, Undecided
 from flexattn.ir.evaluate import evaluate
 from flexattn.ir.mod import Mod
 
-__all__ = ["EMPTY", "FULL", "PARTIAL", "RunTable", "Sparsity", "element_mask", "kinds_of_runs",
-           "mask_sparsity", "runs_of_kinds"]
+__all__ = ["EMPTY", "FULL", "PARTIAL", "RunTable", "Sparsity", "element_mask", "grid_of",
+           "kinds_of_runs", "mask_runs", "mask_sparsity", "runs_of_kinds"]
+
+
+class Solver(Protocol):
+    """What finds the runs of a mask in a device's own way."""
+
+    def runs(self, mod: Mod, grid: Grid, device: torch.device, max_runs: int | None = None,
+             separate: bool = True, by_columns: bool = False) -> RunTable | str:
+        """The table, or why it has to be found step by step. max_runs: waits for no result of the
+        device, `start`, `end` and `full` have this many places. separate: False calls full blocks
+        partial. by_columns: the table's rows are columns of blocks."""
+
+    def check(self, device: torch.device) -> None:
+        """Raises ArgumentError where a table had more than max_runs; waits for nothing."""
+
+
+SOLVERS: dict[str, Callable[[], Solver]] = {}  # by type of device; filled by flexattn.runtime
 
 
 @dataclass(frozen=True)
@@ -67,13 +84,22 @@ _PLANS = {"cpu": _Plan(128, 8, 1 << 18, 1 << 21), "cuda": _Plan(256, 32, 1 << 23
 _Tiles = tuple[Tensor, Tensor, Tensor]  # image, row and column of each, int64
 
 
-def mask_sparsity(mod: Mod, batch: int, heads: int, q_len: int, kv_len: int, q_block: int,
-                  kv_block: int, device: torch.device) -> Sparsity:
-    """The exact sparsity of a mask: `table` has batch and heads 1 where the mod does not read
-    them."""
+def grid_of(mod: Mod, batch: int, heads: int, q_len: int, kv_len: int, q_block: int,
+            kv_block: int) -> Grid:
+    """The grid of a mask: batch and heads are 1 where the mod does not read them."""
     read = mod.graph.inputs()
-    grid = Grid(batch if "b" in read else 1, heads if "h" in read else 1, q_len, kv_len, q_block,
+    return Grid(batch if "b" in read else 1, heads if "h" in read else 1, q_len, kv_len, q_block,
                 kv_block)
+
+
+def mask_runs(mod: Mod, grid: Grid, device: torch.device) -> RunTable:
+    """The exact blocks of a mask, in the device's own way where it has one."""
+    found = SOLVERS[device.type]().runs(mod, grid, device) if device.type in SOLVERS else ""
+    return _Refinement(mod, grid, device).sparsity().table if isinstance(found, str) else found
+
+
+def mask_sparsity(mod: Mod, grid: Grid, device: torch.device) -> Sparsity:
+    """The same, step by step, and how it was found."""
     return _Refinement(mod, grid, device).sparsity()
 
 

@@ -1,8 +1,9 @@
 """Arithmetic of bounds: each value is a Python number (the same for all tiles) or a tensor.
 
 In: integers as int or int64 tensors, floating point as float or float64 tensors, booleans as bool
-or bool tensors, in any mixture. Out: the same. Python numbers stay Python numbers, so that what is
-the same for all tiles costs no tensor operation, and integers among them never overflow.
+or bool tensors, in any mixture; or Symbols (analysis.symbols) in place of tensors. Out: the same.
+Python numbers stay Python numbers, so that what is the same for all tiles costs no tensor
+operation, and integers among them never overflow.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexattn.ir.ops import FLOATS
+from flexattn.analysis.symbols import NoSymbolError, Symbol, apply, chosen
+from flexattn.ir.ops import FLOATS, Op
 
-Bound = Any  # bool | int | float | Tensor
+Bound = Any  # bool | int | float | Tensor | Symbol
 
 
 class Interval(NamedTuple):
@@ -33,9 +35,16 @@ class Interval(NamedTuple):
         """Whether it is known, without looking at tensors, to hold one value only."""
         if self.nan is not False:
             return False
-        if isinstance(self.lo, Tensor) or isinstance(self.hi, Tensor):
-            return self.lo is self.hi
-        return bool(self.lo == self.hi)
+        if is_number(self.lo) and is_number(self.hi):
+            return bool(self.lo == self.hi)
+        if isinstance(self.lo, Symbol) and isinstance(self.hi, Symbol):
+            return self.lo.node is self.hi.node
+        return self.lo is self.hi
+
+
+def is_number(x: Bound) -> bool:
+    """Whether it is a Python number, the same for all tiles."""
+    return not isinstance(x, (Tensor, Symbol))
 
 
 def point(value: Bound) -> Interval:
@@ -55,12 +64,16 @@ def unbounded(dtype: torch.dtype) -> Interval:
 
 
 def minimum(x: Bound, y: Bound) -> Bound:
+    if isinstance(x, Symbol) or isinstance(y, Symbol):
+        return apply(Op.MIN, x, y)
     if isinstance(x, Tensor):
         return torch.minimum(x, y) if isinstance(y, Tensor) else x.clamp(max=y)
     return y.clamp(max=x) if isinstance(y, Tensor) else min(x, y)
 
 
 def maximum(x: Bound, y: Bound) -> Bound:
+    if isinstance(x, Symbol) or isinstance(y, Symbol):
+        return apply(Op.MAX, x, y)
     if isinstance(x, Tensor):
         return torch.maximum(x, y) if isinstance(y, Tensor) else x.clamp(min=y)
     return y.clamp(min=x) if isinstance(y, Tensor) else max(x, y)
@@ -82,11 +95,13 @@ def either(x: Bound, y: Bound) -> Bound:
 
 def negate(x: Bound) -> Bound:
     """Logical not."""
-    return ~x if isinstance(x, Tensor) else not x
+    return not x if is_number(x) else ~x
 
 
 def choose(condition: Bound, x: Bound, y: Bound) -> Bound:
     """x where the condition holds, y elsewhere."""
+    if isinstance(condition, Symbol):
+        return chosen(condition, x, y)
     if not isinstance(condition, Tensor):
         return x if condition else y
     if isinstance(x, float) and isinstance(y, float):  # torch would make it float32
@@ -96,25 +111,32 @@ def choose(condition: Bound, x: Bound, y: Bound) -> Bound:
 
 def to_real(x: Bound) -> Bound:
     """As floating point: rounded where it is too large."""
-    return x.double() if isinstance(x, Tensor) else float(x)
+    return float(x) if is_number(x) else x.double()
 
 
 def through_tensor(op: Callable[[Tensor], Tensor]) -> Callable[[Bound], Bound]:
     """A tensor operation on float64, for Python numbers too."""
-    def apply(x: Bound) -> Bound:
+    def function(x: Bound) -> Bound:
+        _refuse(x)
         return op(x) if isinstance(x, Tensor) else op(torch.tensor(x, dtype=torch.float64)).item()
 
-    return apply
+    return function
 
 
 def through_tensors(op: Callable[..., Tensor]) -> Callable[..., Bound]:
     """A tensor operation of two float64, for Python numbers too."""
-    def apply(x: Bound, y: Bound) -> Bound:
+    def function(x: Bound, y: Bound) -> Bound:
+        _refuse(x, y)
         found = op(*(v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
                      for v in (x, y)))
         return found if isinstance(x, Tensor) or isinstance(y, Tensor) else found.item()
 
-    return apply
+    return function
+
+
+def _refuse(*xs: Bound) -> None:
+    if any(isinstance(x, Symbol) for x in xs):
+        raise NoSymbolError("a function of floating point")
 
 
 def is_nan(x: Bound) -> Bound:
@@ -128,6 +150,7 @@ def without_nan(x: Bound, replacement: float) -> Bound:
 
 def as_dtype(x: Bound, dtype: torch.dtype) -> Bound:
     """Rounded to the nearest value of a floating-point dtype, as float64."""
+    _refuse(x)
     if isinstance(x, Tensor):
         return x.to(dtype).double()
     return torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else torch.int64

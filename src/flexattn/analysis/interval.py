@@ -75,9 +75,9 @@ class Ranges:
 
 def overall_ranges(graph: Graph, bounds: Mapping[str, tuple[int, int]],
                    reads: Reads | None = None,
-                   numbers: Sequence[bool | int | float] | None = None) -> Ranges:
+                   numbers: Sequence[bool | int | float | Interval] | None = None) -> Ranges:
     """Ranges for inputs within `bounds`, ends included. Inputs without bounds, numbers and captured
-    tensors that are not given may be anything."""
+    tensors that are not given may be anything; a number may be given by its Interval."""
     values: Values = {}
     wraps: set[Node] = set()
     for n in graph.nodes:
@@ -112,10 +112,12 @@ def ranges(graph: Graph, bounds: Mapping[str, tuple[int, int]]) -> dict[Node, tu
     return {n: x[:2] for n, x in overall_ranges(graph, bounds).values.items()}
 
 
-def _number(n: Node, numbers: Sequence[bool | int | float] | None) -> Interval:
+def _number(n: Node, numbers: Sequence[bool | int | float | Interval] | None) -> Interval:
     if n.op is Op.NUMBER and numbers is None:
         return unbounded(n.dtype)
     value = n.attr if n.op is Op.CONST or numbers is None else numbers[n.attr]
+    if isinstance(value, Interval):
+        return value
     return point(value) if value == value else unbounded(n.dtype)
 
 
@@ -131,11 +133,13 @@ class TileIntervals:
     def __init__(self, graph: Graph, captures: Sequence[Tensor],
                  numbers: Sequence[bool | int | float], lengths: Mapping[str, int],
                  base: tuple[int, int] = (1, 1), output: str = "mask") -> None:
-        self.graph, self.output = graph, graph.output(output)
         self.reads, self.base = Reads(captures), base
         bounds = {name: (0, max(n - 1, 0)) for name, n in lengths.items()}
-        self.overall = overall_ranges(graph, bounds, self.reads, numbers)
-        self.linear = _linear_forms(graph, self.overall)
+        self._analyse(graph, overall_ranges(graph, bounds, self.reads, numbers), output)
+
+    def _analyse(self, graph: Graph, overall: Ranges, output: str = "mask") -> None:
+        self.graph, self.output, self.overall = graph, graph.output(output), overall
+        self.linear = LinearForms(graph, overall.values, overall.wraps)
         self.order = self._needed()
 
     def _needed(self) -> list[Node]:
@@ -167,11 +171,14 @@ class TileIntervals:
             elif n.op is Op.LOAD:
                 values[n] = self._read(n, [values[a] for a in n.args], tiles)
             elif n.op in LEAVES:
-                values[n] = self.overall.values[n]
+                values[n] = self._number(n)
             else:
                 found = self._apply(n, [values[a] for a in n.args])
                 values[n] = residuals.sharpened(n, found) if n in self.linear.shared else found
         return values
+
+    def _number(self, n: Node) -> Interval:
+        return self.overall.values[n]
 
     def _read(self, n: Node, args: list[Interval], tiles: Tiles) -> Interval:
         ranged = [d for d, x in enumerate(args) if not x.is_point]
@@ -195,7 +202,3 @@ class TileIntervals:
         slack = 2**-40 if n.dtype is torch.int64 and n.op is not Op.CAST else 0.0
         fits = both(real.lo >= anything.lo * (1 - slack), real.hi <= anything.hi * (1 - slack))
         return Interval(choose(fits, found.lo, anything.lo), choose(fits, found.hi, anything.hi))
-
-
-def _linear_forms(graph: Graph, overall: Ranges) -> LinearForms:
-    return LinearForms(graph, overall.values, overall.wraps)

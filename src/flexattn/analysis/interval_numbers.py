@@ -20,6 +20,7 @@ from flexattn.analysis.bounds import (
     choose,
     either,
     integer_range,
+    is_number,
     maximum,
     minimum,
     negate,
@@ -40,7 +41,7 @@ _INF = torch.inf
 
 def number_of(x: Interval) -> int | float | None:
     """The value, where it is one Python number."""
-    return None if isinstance(x.lo, Tensor) or not x.is_point else x.lo
+    return x.lo if x.is_point and is_number(x.lo) else None
 
 
 def any_nan(*xs: Interval) -> Bound:
@@ -106,7 +107,7 @@ def negative(n: Node, x: Interval) -> Interval:
 
 
 def absolute(n: Node, x: Interval) -> Interval:
-    if not isinstance(x.lo, Tensor) and x.lo >= 0:
+    if is_number(x.lo) and x.lo >= 0:
         return x
     zero = 0.0 if n.dtype in FLOATS else 0
     return Interval(maximum(maximum(x.lo, -x.hi), zero), maximum(-x.lo, x.hi), x.nan)
@@ -114,7 +115,7 @@ def absolute(n: Node, x: Interval) -> Interval:
 
 def sign_of(n: Node, x: Interval) -> Interval:
     def sign(value: Bound) -> Bound:
-        return value.sign() if isinstance(value, Tensor) else type(value)((value > 0) - (value < 0))
+        return type(value)((value > 0) - (value < 0)) if is_number(value) else value.sign()
 
     lo, hi = sign(x.lo), sign(x.hi)
     if x.nan is False:
@@ -180,7 +181,13 @@ def remainder(n: Node, x: Interval, y: Interval) -> Interval:
     if c is not None and c > 0:
         return periodic(x, int(c))
     lo, hi = minimum(y.lo + 1, 0), maximum(y.hi - 1, 0)
-    inside = both(x.lo >= 0, x.hi < y.lo)
+    if y.is_point:
+        positive = y.lo > 0
+        safe = choose(positive, y.lo, 1)
+        inside = both(positive, x.lo // safe == x.hi // safe)
+        x = Interval(x.lo % safe, x.hi % safe)
+    else:
+        inside = both(x.lo >= 0, x.hi < y.lo)
     return Interval(choose(inside, x.lo, lo), choose(inside, x.hi, hi))
 
 
@@ -221,7 +228,7 @@ def power(n: Node, x: Interval, y: Interval) -> Interval:
     k = number_of(y)
     if n.dtype in FLOATS:
         return _float_pow(n, x, y, k)
-    if k is None or not 0 <= k <= 64 or isinstance(x.lo, Tensor):
+    if k is None or not 0 <= k <= 64 or not is_number(x.lo):
         return unbounded(n.dtype)
     return _power_of(x, int(k)) if k else point(1)
 

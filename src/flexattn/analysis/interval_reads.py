@@ -96,7 +96,7 @@ class Reads:
         tensor = self.captures[slot]
         if not tensor.numel():
             return point(_zero(tensor.dtype))
-        values = self._of_consecutive(slot, dim, span.size, span.length, base)
+        values = self.of_blocks(slot, dim, span.size, span.length, base)
         places = [_inside(x, n) for d, (x, n) in enumerate(zip(indices, tensor.shape, strict=True))
                   if d != dim]
         at = [*(place.lo for place in places), span.number]
@@ -104,12 +104,14 @@ class Reads:
         return _with_nan(lo, hi, _read(values.nan, at)) if values.nan is not None else Interval(
             lo, hi, False)
 
-    def _of_consecutive(self, slot: int, dim: int, size: int, length: int, base: int) -> Interval:
+    def of_blocks(self, slot: int, dim: int, size: int, length: int, base: int) -> Interval:
+        """Minima and maxima of consecutive ranges of `size` positions below `length` of dimension
+        `dim`, which comes last; made from those of `base` positions where that divides `size`."""
         key = (slot, dim, size, length)
         found = self._consecutive.get(key)
         if found is None:
             if size > base and size % base == 0:
-                found = _coarser(self._of_consecutive(slot, dim, base, length, base), size // base)
+                found = _coarser(self.of_blocks(slot, dim, base, length, base), size // base)
             else:
                 found = _consecutive(self.captures[slot], dim, size, length)
             self._consecutive[key] = found

@@ -21,6 +21,7 @@ from flexattn.analysis.bounds import (
     choose,
     either,
     integer_range,
+    is_number,
     negate,
     unbounded,
 )
@@ -80,7 +81,7 @@ def _bits(x: Interval) -> tuple[Bound, Bound]:
 
 def _smear(x: Bound) -> Bound:
     """All bits at and below the highest one; all bits of a negative number."""
-    if not isinstance(x, Tensor):
+    if is_number(x):
         return -1 if x < 0 else (1 << x.bit_length()) - 1
     for shift in (1, 2, 4, 8, 16, 32):
         x = x | (x >> shift)
@@ -189,9 +190,9 @@ def _cast(n: Node, x: Interval) -> Interval:
 
 
 def _of_bool(x: Any, real: bool) -> Bound:
-    if isinstance(x, Tensor):
-        return x.double() if real else x.long()
-    return float(x) if real else int(x)
+    if is_number(x):
+        return float(x) if real else int(x)
+    return x.double() if real else x.long()
 
 
 def _truncated(n: Node, x: Interval) -> Interval:

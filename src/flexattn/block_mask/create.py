@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexattn.analysis.block_sparsity import element_mask, mask_sparsity
+from flexattn.analysis.block_sparsity import element_mask, grid_of, mask_runs
 from flexattn.analysis.runs import RunTable, all_partial
 from flexattn.block_mask.arguments import (
     BlockSize,
@@ -54,7 +54,7 @@ def create_block_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: in
         return _in_a_graph(mask_mod, (batch, heads, Q_LEN, KV_LEN), blocks, where,
                            separate_full_blocks)
     mod = specialize(trace_mask_mod(mask_mod, where))
-    table = mask_sparsity(mod, batch, heads, Q_LEN, KV_LEN, *blocks, where).table
+    table = mask_runs(mod, grid_of(mod, batch, heads, Q_LEN, KV_LEN, *blocks), where)
     if not separate_full_blocks:
         table = all_partial(table, -(-KV_LEN // blocks[1]))
     return BlockMask(table, (Q_LEN, KV_LEN), (batch, heads), mask_mod, proved=True,

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexattn.analysis.block_sparsity import Sparsity, mask_sparsity
+from flexattn.analysis.block_sparsity import SOLVERS, Sparsity, grid_of, mask_sparsity
 from flexattn.analysis.interval import TileIntervals, Tiles
 from flexattn.analysis.interval_reads import aligned_span
+from flexattn.analysis.undecided import Grid
 from flexattn.ir.graph import Node
 from flexattn.ir.mod import Mod
 from flexattn.ir.ops import LEAVES, Op
@@ -29,7 +30,8 @@ _DEEPEST = 6  # of a printed expression
 class Evidence:
     """Counts of blocks. `proved`: by their own intervals; `witnessed`: partial, seen at a few
     points; `split`: by intervals of parts of them; `evaluated`: by all of their elements.
-    defeated: expressions that stayed undecided over evaluated blocks, and in what share of them."""
+    defeated: expressions that stayed undecided over evaluated blocks, and in what share of them.
+    how: the way that the device has of making the mask, where it has its own."""
 
     empty: int
     partial: int
@@ -38,6 +40,7 @@ class Evidence:
     split: int
     evaluated: int
     defeated: tuple[tuple[str, float], ...] = ()
+    how: str = ""
 
     @property
     def blocks(self) -> int:
@@ -53,11 +56,12 @@ class Evidence:
         return self.evaluated / max(self.partial + self.full, 1)
 
     def __str__(self) -> str:
+        made = [f"made {self.how}"] if self.how else []
         parts = f", {self.split:,} by proofs over their parts" if self.split else ""
         lines = [f"{self.blocks:,} blocks: {self.empty:,} empty, {self.partial:,} partial, "
                  f"{self.full:,} full",
                  f"{self.proved:,} proved as they are, {self.witnessed:,} seen to be partial at a "
-                 f"few points{parts}"]
+                 f"few points{parts}", *made]
         if not self.evaluated:
             return "\n".join([*lines, "no block had its elements evaluated"])
         lines.append(f"{self.evaluated:,} had all of their elements evaluated "
@@ -69,14 +73,24 @@ def evidence(mod: Mod, batch: int, heads: int, q_len: int, kv_len: int, q_block:
              kv_block: int, device: torch.device) -> Evidence:
     """The counts are of the dimensions that the mask reads: one for all heads where it reads no
     h."""
-    found = mask_sparsity(mod, batch, heads, q_len, kv_len, q_block, kv_block, device)
+    grid = grid_of(mod, batch, heads, q_len, kv_len, q_block, kv_block)
+    found = mask_sparsity(mod, grid, device)
     table = found.table
     lengths = table.end - table.start
     full = int(lengths[table.full].sum())
     partial = int(lengths.sum()) - full
     defeated = _defeated(mod, found, (q_len, kv_len)) if found.found.examples else ()
     return Evidence(found.tiles - partial - full, partial, full, found.found.witnessed,
-                    found.found.split, found.found.evaluated, defeated)
+                    found.found.split, found.found.evaluated, defeated,
+                    _how(mod, grid, device))
+
+
+def _how(mod: Mod, grid: Grid, device: torch.device) -> str:
+    """How masks of this form are made on the device."""
+    if device.type not in SOLVERS:
+        return ""
+    found = SOLVERS[device.type]().runs(mod, grid, device)
+    return f"step by step: {found}" if isinstance(found, str) else "by one kernel for all blocks"
 
 
 def _defeated(mod: Mod, sparsity: Sparsity, lengths: tuple[int, int]

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from flexattn.analysis.block_sparsity import Sparsity, mask_sparsity
+from flexattn.analysis.block_sparsity import grid_of, mask_runs
 from flexattn.analysis.runs import (
     EMPTY,
     FULL,
@@ -111,13 +111,13 @@ class BlockMask(Listings, Pictures):
 
     def _of(self, mask_mod: MaskMod, shape: tuple[int, int, int, int], blocks: tuple[int, int]
             ) -> BlockMask:
-        table = self._sparsity(mask_mod, shape, blocks).table
+        table = self._runs(mask_mod, shape, blocks)
         return type(self)(table, shape[2:], shape[:2], mask_mod, proved=True)
 
-    def _sparsity(self, mask_mod: MaskMod, shape: tuple[int, int, int, int],
-                  blocks: tuple[int, int]) -> Sparsity:
-        return mask_sparsity(specialize(trace_mask_mod(mask_mod, self.device)), *shape, *blocks,
-                             self.device)
+    def _runs(self, mask_mod: MaskMod, shape: tuple[int, int, int, int], blocks: tuple[int, int]
+              ) -> RunTable:
+        mod = specialize(trace_mask_mod(mask_mod, self.device))
+        return mask_runs(mod, grid_of(mod, *shape, *blocks), self.device)
 
     # What it is
 
@@ -208,7 +208,7 @@ class BlockMask(Listings, Pictures):
     def _first_wrong_block(self) -> tuple[tuple[int, int, int, int], int, int] | None:
         """(batch, head, row, column), its kind here and by mask_mod."""
         assert self.mask_mod is not None
-        own = self._sparsity(self.mask_mod, self.shape, self.BLOCK_SIZE).table
+        own = self._runs(self.mask_mod, self.shape, self.BLOCK_SIZE)
         tables = [broadcast_rows(t, *self.shape[:2]) for t in (self._rows, own)]
         found = segments([pieces_of(t) for t in tables], self._num_columns).select_where(
             lambda here, there: ((here == EMPTY) & (there != EMPTY))

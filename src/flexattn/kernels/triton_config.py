@@ -159,3 +159,15 @@ def backward_configs(backend: str, arch: int | str, head_dim: int, value_dim: in
     width = max(head_dim, value_dim) * bytes_each // 2
     most, found = next(item for item in _BACKWARD.items() if width <= item[0])
     return (_BACKWARD_SPARSE[most], *found) if sparse and most in _BACKWARD_SPARSE else found
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """What the kernel of block kinds is compiled for: block sizes, blocks of a program, and the
+    elements of one block that it evaluates at once."""
+
+    q_block: int
+    kv_block: int
+    chunk: int = 1024
+    part_q: int = 16
+    part_kv: int = 128

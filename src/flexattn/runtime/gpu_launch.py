@@ -5,6 +5,7 @@ the addresses of tensors change from call to call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,6 +20,7 @@ from flexattn.runtime.gpu_mods import INTERPRETED
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32",
          torch.int32: "i32", torch.int64: "i64"}
 Grid = tuple[int, int, int]
+_HERE = nullcontext()
 
 
 @runtime_checkable
@@ -87,6 +89,13 @@ def function(key: str, device: torch.device, build: Callable[[], Source]) -> Fun
     if found is None:
         found = _functions[id(code), device.index] = Function(code, device.index)
     return found
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device the current one where it is not."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 def stream_of(tensor: Tensor) -> int:

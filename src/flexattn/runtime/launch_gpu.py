@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ from flexattn.runtime import (
     launch_triton_decode,
 )
 from flexattn.runtime.call import Call, Gradients, Result
-from flexattn.runtime.gpu_launch import Prepared, PreparedBackward, Refusal
+from flexattn.runtime.gpu_launch import Prepared, PreparedBackward, Refusal, on
 from flexattn.trace import Mod
 
 FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
@@ -44,7 +43,6 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHECK = os.environ.get("FLEXATTN_CHECK") == "1"
 _OFF = Refusal("not proven on a GPU yet: FLEXATTN_UNPROVEN=1 lets it serve")
 _MOST_PREPARED = 4096
-_HERE = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -67,15 +65,8 @@ def forward(call: Call) -> Result:
     q = call.query
     if not (q.numel() and call.value.numel()):
         return _nothing_attended(call)
-    with _on(q.device):
+    with on(q.device):
         return _run(call)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes the device the current one where it is not."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(device)
 
 
 def _run(call: Call) -> Result:
@@ -92,7 +83,7 @@ def backward(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) ->
         return _no_gradients(call)
     d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
-    with _on(call.query.device):
+    with on(call.query.device):
         return _backward_of(call, result, d_out, d_lse).run(call, result, d_out, d_lse)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexattn.analysis.block_sparsity import mask_sparsity
+from flexattn.analysis.block_sparsity import grid_of, mask_runs
 from flexattn.analysis.runs import RunTable, all_partial, broadcast_rows
 from flexattn.block_mask import BlockMask
 from flexattn.runtime.autograd import kernels
@@ -140,7 +140,7 @@ def _block_runs(batch: int, heads: int, q_len: int, kv_len: int, q_block: int, k
                 whole: Sequence[int], reals: Sequence[Tensor]) -> tuple[Tensor, ...]:
     mod = bind(mask, mask_captures, whole, [float(t) for t in reals])
     assert mod is not None
-    table = mask_sparsity(mod, batch, heads, q_len, kv_len, q_block, kv_block, device).table
+    table = mask_runs(mod, grid_of(mod, batch, heads, q_len, kv_len, q_block, kv_block), device)
     if not separate_full_blocks:
         table = all_partial(table, -(-kv_len // kv_block))
     images = _images(mask, batch, heads)

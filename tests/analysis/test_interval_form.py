@@ -1,0 +1,100 @@
+"""The interval form of a mask never contradicts brute force, and says what the rules say."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from flexattn.analysis.block_sparsity import grid_of
+from flexattn.analysis.interval_form import interval_form, line_tables
+from flexattn.analysis.runs import PARTIAL
+from flexattn.analysis.symbols import NoSymbolError
+from flexattn.ir.evaluate import evaluate
+from flexattn.trace import specialize, trace_mask_mod
+from tests.analysis.library import LIBRARY
+from tests.analysis.random_masks import RandomMask
+from tests.analysis.test_block_sparsity import brute_force, sizes_of
+
+CPU = torch.device("cpu")
+BOUND = 1 << 24
+
+
+def kinds(mask, sizes, blocks):
+    """What the form says, uint8 [B, H, rows, columns]."""
+    mod = specialize(trace_mask_mod(mask))
+    grid = grid_of(mod, *sizes, *blocks)
+    form = interval_form(mod.graph, BOUND, [None] * len(mod.numbers), *blocks)
+    inputs = {name: (torch.arange(count) * step).view([-1 if d == axis else 1 for d in range(4)])
+              for axis, (name, count, step) in enumerate((
+                  ("b", grid.batch, 1), ("h", grid.heads, 1), ("q_idx", grid.rows, blocks[0]),
+                  ("kv_idx", grid.columns, blocks[1])))}
+    captures = (*mod.captures, *line_tables(form, mod, grid, CPU))
+    found = evaluate(form.graph, inputs, captures, (*mod.numbers, sizes[2] - 1, sizes[3] - 1))
+    return found["mask"].expand(*sizes[:2], grid.rows, grid.columns)
+
+
+def check(mask, sizes, blocks):
+    """The share of blocks that are decided, of those that could be."""
+    said, wanted = kinds(mask, sizes, blocks), brute_force(mask, sizes, blocks)
+    decided = said != PARTIAL
+    assert torch.equal(said[decided], wanted[decided].long()), (sizes, blocks)
+    return float(decided.sum() / max(int((wanted != PARTIAL).sum()), 1))
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_masks(part, seed):
+    taken = 0
+    for number in range(part, 400, 4):
+        rng = random.Random(seed * 400 + number)
+        mask = RandomMask(rng)
+        sizes, blocks = sizes_of(rng)
+        try:
+            check(mask, sizes, blocks)
+            taken += 1
+        except NoSymbolError:
+            continue
+        except AssertionError as error:
+            graph = specialize(trace_mask_mod(mask)).graph
+            raise AssertionError(f"seed {seed}, mask {number}:\n{graph}") from error
+    assert taken > 30
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_masks(name, seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    for _ in range(2):
+        sizes, blocks = sizes_of(rng)
+        check(LIBRARY[name](rng, *sizes), sizes, blocks)
+
+
+@pytest.mark.parametrize("name", ["causal", "sliding_window,causal", "prefix_lm", "document",
+                                  "causal_document", "chunked", "padding", "natten"])
+def test_all_blocks_that_can_be_are_decided(name, seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    sizes = (2, 2, 600, 600)
+    assert check(LIBRARY[name](rng, *sizes), sizes, (32, 48)) == 1.0
+
+
+def test_a_number_that_varies_is_no_constant_of_the_form():
+    forms = set()
+    for width in random.sample(range(1, 1000), 3):
+        def mask(b, h, q_idx, kv_idx, width=width):
+            return (q_idx - kv_idx < width) & (q_idx >= kv_idx)
+
+        mod = specialize(trace_mask_mod(mask))
+        numbers = [(-BOUND, BOUND)] * len(mod.numbers)
+        forms.add(interval_form(mod.graph, BOUND, numbers, 32, 32).graph)
+        check(mask, (1, 1, 300, 400), (32, 32))
+    assert len(forms) == 2  # with the first value, and for all of them
+
+
+def test_refusals():
+    relation, reals = torch.rand(300, 300) < 0.5, torch.randn(300)
+    for mask, why in ((lambda b, h, q, k: relation[q, k], "together"),
+                      (lambda b, h, q, k: reals[q] < reals[k], "floating point")):
+        with pytest.raises(NoSymbolError, match=why):
+            kinds(mask, (1, 1, 200, 200), (32, 32))

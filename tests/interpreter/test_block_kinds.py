@@ -1,0 +1,173 @@
+"""Block masks by one kernel for all blocks, on the interpreter: equal to brute force, in few
+launches, and without a word to the host where a bound is given."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flexattn import masks
+from flexattn.analysis.block_sparsity import grid_of, mask_sparsity
+from flexattn.analysis.runs import all_partial, kinds_of_runs, transposed
+from flexattn.errors import ArgumentError
+from flexattn.runtime import gpu_launch, launch_block_mask
+from flexattn.trace import specialize, trace_mask_mod
+from tests.analysis.library import LIBRARY
+from tests.analysis.random_masks import RandomMask
+from tests.analysis.test_block_sparsity import brute_force
+
+CPU = torch.device("cpu")
+BLOCKS = (16, 32, 48, 100, 128)
+
+
+def traced(mask, sizes, blocks):
+    mod = specialize(trace_mask_mod(mask))
+    return mod, grid_of(mod, *sizes, *blocks)
+
+
+def check(mask, sizes, blocks):
+    """False where the mask is refused."""
+    found = launch_block_mask.runs(*traced(mask, sizes, blocks), CPU)
+    if isinstance(found, str):
+        return False
+    columns = -(-sizes[3] // blocks[1])
+    got = kinds_of_runs(found, columns).expand(*sizes[:2], -1, -1)
+    assert torch.equal(got, brute_force(mask, sizes, blocks)), (sizes, blocks)
+    return True
+
+
+def sizes_of(rng):
+    q_len = rng.randint(1, 300)
+    kv_len = q_len if rng.random() < 0.5 else rng.randint(1, 300)
+    return (rng.randint(1, 3), rng.randint(1, 2), q_len, kv_len), tuple(rng.choices(BLOCKS, k=2))
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_masks(name, seed):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    sizes, blocks = sizes_of(rng)
+    assert check(LIBRARY[name](rng, *sizes), sizes, blocks)
+
+
+def test_random_masks(seed):
+    taken = sum(check(RandomMask(rng), *sizes_of(rng))
+                for rng in map(random.Random, range(seed, seed + 40)))
+    assert taken > 10
+
+
+def equal(x, y):
+    return all(torch.equal(getattr(x, name), getattr(y, name))
+               for name in ("offsets", "start", "end", "full"))
+
+
+@pytest.mark.parametrize("at_once", [1 << 28, 40])
+def test_table_is_that_of_the_other_way(at_once, monkeypatch, seed):
+    """Also in strips, by columns, and without full blocks."""
+    monkeypatch.setattr(launch_block_mask, "_AT_ONCE", at_once)
+    torch.manual_seed(seed)
+    ids = torch.randint(0, 9, (2, 300)).sort(-1).values
+    mod, grid = traced(masks.causal_document(ids), (2, 3, 300, 300), (32, 48))
+    wanted = mask_sparsity(mod, grid, CPU).table
+    assert equal(launch_block_mask.runs(mod, grid, CPU), wanted)
+    merged = launch_block_mask.runs(mod, grid, CPU, separate=False)
+    assert equal(merged, all_partial(wanted, grid.columns))
+    turned = launch_block_mask.runs(mod, grid, CPU, by_columns=True)
+    if at_once < grid.rows * grid.columns:
+        assert isinstance(turned, str)
+    else:
+        assert equal(turned, transposed(wanted, grid.columns))
+        assert (turned.row_block, turned.col_block, turned.num_rows) == (48, 32, grid.columns)
+
+
+class Counted(TorchDispatchMode):
+    """Counts torch's operations, and refuses those that would wait for the device."""
+
+    WAITING = ("item", "nonzero", "_local_scalar_dense", "masked_select", "unique", "equal")
+    FREE = ("empty", "detach", "view", "slice", "unflatten", "expand", "permute", "transpose",
+            "unsqueeze", "select", "reshape", "_unsafe_view", "alias", "as_strided", "new_empty")
+
+    def __init__(self, may_wait):
+        super().__init__()
+        self.may_wait, self.waited, self.launches = may_wait, 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        waits = name in self.WAITING or (name == "index" and any(
+            i is not None and i.dtype is torch.bool for i in args[1])) or "repeat_inter" in name
+        assert not waits or self.may_wait, func
+        self.waited += waits
+        self.launches += name not in self.FREE
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Stand for launched kernels: counts them, and runs them outside of any mode."""
+    launched = []
+
+    def interpret(source, grid, values):
+        launched.append(source.kernel)
+        with torch.utils._python_dispatch._disable_current_modes():
+            run(source, grid, values)
+
+    run = gpu_launch._interpret
+    monkeypatch.setattr(gpu_launch, "_interpret", interpret)
+    return launched
+
+
+MASKS = {
+    "causal": (lambda ids: masks.causal, 6),
+    "window": (lambda ids: masks.and_masks(masks.causal, masks.sliding_window(40)), 6),
+    "documents": (masks.causal_document, 12),
+    "documents, int32": (lambda ids: masks.causal_document(ids.int()), 12),
+    "documents of a batch": (lambda ids: masks.document(torch.stack([ids, ids])), 12),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_launches(name, kernels):
+    """What a mask costs once its form is known: launches of torch and of ours, waits."""
+    make, most = MASKS[name]
+    mod, grid = traced(make(torch.arange(300) // 40), (2, 1, 300, 300), (32, 32))
+    launch_block_mask.runs(mod, grid, CPU)
+    kernels.clear()
+    with Counted(may_wait=True) as seen:
+        launch_block_mask.runs(mod, grid, CPU)
+    assert len(kernels) == 3 and seen.waited == 1
+    assert seen.launches + len(kernels) <= most, (seen.launches, len(kernels))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_bound_needs_no_wait(name, kernels):
+    mod, grid = traced(MASKS[name][0](torch.arange(300) // 40), (2, 1, 300, 300), (32, 32))
+    wanted = launch_block_mask.runs(mod, grid, CPU)
+    with Counted(may_wait=False):
+        found = launch_block_mask.runs(mod, grid, CPU, 500)
+    runs = len(wanted.start)
+    assert torch.equal(found.offsets, wanted.offsets) and len(found.start) == 500
+    for name in ("start", "end", "full"):
+        assert torch.equal(getattr(found, name)[:runs], getattr(wanted, name))
+    launch_block_mask.check(CPU)
+
+
+def test_too_many_runs_are_reported():
+    mod, grid = traced(masks.causal, (1, 1, 300, 300), (32, 32))
+    found = launch_block_mask.runs(mod, grid, CPU, 7)
+    wanted = launch_block_mask.runs(mod, grid, CPU)
+    assert torch.equal(found.offsets, wanted.offsets.clamp(max=7))
+    with pytest.raises(ArgumentError, match=f"max_runs >= {len(wanted.start)}"):
+        launch_block_mask.check(CPU)
+    launch_block_mask.check(CPU)
+
+
+def test_what_has_no_form_is_refused(seed):
+    torch.manual_seed(seed)
+    relation, reals = torch.rand(300, 300) < 0.5, torch.randn(300)
+    for mask, why in ((lambda b, h, q, k: relation[q, k], "q_idx and kv_idx together"),
+                      (lambda b, h, q, k: reals[q] < reals[k], "floating point"),
+                      (lambda b, h, q, k: relation[:0, 0][q] & (q < k), "empty")):
+        assert why in launch_block_mask.runs(*traced(mask, (1, 1, 200, 200), (32, 32)), CPU)
