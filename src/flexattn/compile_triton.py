@@ -62,7 +62,8 @@ class Binary:
 
 
 class Mods:
-    """The functions of a generated text, as one constexpr of a kernel; None where there is none."""
+    """The functions of a generated text, as one constexpr of a kernel; None where there is none.
+    score_scale and result_scale: see lower/triton.py."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -73,6 +74,8 @@ class Mods:
         exec(builtins.compile(text, name, "exec"), functions)
         for function in FUNCTIONS:
             setattr(self, function, functions.get(function))
+        self.score_scale = functions.get("SCORE_SCALE", 1.0)
+        self.result_scale = functions.get("RESULT_SCALE", 1.0)
 
     def __repr__(self) -> str:
         """Stands for the functions in Triton's own cache key."""

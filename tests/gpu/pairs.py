@@ -22,6 +22,8 @@ from flexattn.reference import attention
 DEVICE = "cuda"
 BATCH = 2
 ROUNDING = 1e-6  # relative error that float32 results may have whatever eager's is
+TF32_UNIT = 2.0**-11  # what rounding a number to tf32 changes at most
+HALF_UNIT = 2.0**-24  # of a float32: so much of itself lse is off, and probabilities made from it
 AXES: dict[str, Sequence[Any]] = {
     "dims": ((64, 64), (128, 128), (16, 16), (96, 96), (80, 80), (256, 256), (192, 128),
              (576, 512), (512, 512)),
@@ -241,6 +243,11 @@ def error(found: Tensor, exact: Tensor) -> float:
         return float("inf")
     difference = (found[finite].double() - exact[finite].double()).norm()
     return float(difference / exact[finite].double().norm().clamp(min=1e-30))
+
+
+def finite_peak(lse: Tensor) -> float:
+    """Its largest magnitude, rows that attend to nothing aside."""
+    return float(torch.where(lse.isfinite(), lse, 0.0).abs().max())
 
 
 def warm(case: Case, environment: dict[str, str]) -> None:

@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu.pairs import ROUNDING, Case, dense, error, ours, pairwise, weights_of
+from tests.gpu.pairs import (
+    HALF_UNIT,
+    ROUNDING,
+    TF32_UNIT,
+    Case,
+    dense,
+    error,
+    finite_peak,
+    ours,
+    pairwise,
+    weights_of,
+)
 
 FACTOR = 1.5  # of the error of eager attention in the same dtype
 
@@ -17,8 +28,11 @@ def test_no_worse_than_eager(case: Case, rng, warmed) -> None:
     eager = dense(case, inputs, weights, mods, case.torch_dtype).tensors
     found = ours(case, inputs, weights, mods).tensors
     worse = {}
+    rounding = ROUNDING + HALF_UNIT * finite_peak(exact["lse"])
     for name, tensor in found.items():
         off, allowed = error(tensor, exact[name]), error(eager[name], exact[name])
-        if not off <= FACTOR * allowed + ROUNDING:
+        if case.dtype == "tf32":  # which cuBLAS does not use for all shapes
+            allowed = max(allowed, TF32_UNIT)
+        if not off <= FACTOR * allowed + rounding:
             worse[name] = f"{off:.2e}, eager {allowed:.2e}"
     assert not worse

@@ -18,7 +18,7 @@ from flexattn.kernels.triton_config import (
 from flexattn.runtime.call import Call
 from flexattn.runtime.gpu_mods import mod_code
 from flexattn.runtime.launch_triton import ForwardPlan
-from flexattn.runtime.launch_triton_backward import BackwardPlan
+from flexattn.runtime.triton_backward_plan import BackwardPlan
 from flexattn.trace import specialize, trace_mask_mod, trace_score_mod
 
 TARGETS = {"sm_80": Target("cuda", 80, 32), "sm_90": Target("cuda", 90, 32),
@@ -47,7 +47,7 @@ FORWARD = {  # score mod, mask mod, head_dim, value_dim, dtype
 }
 
 
-def forward(target, case):
+def forward(target, case, boxed=False):
     """The binary of the first config that fits, and its config."""
     score_mod, mask_mod, head_dim, value_dim, dtype = FORWARD[case]
     q = torch.empty(2, 4, 1024, 64, dtype=dtype)
@@ -58,8 +58,9 @@ def forward(target, case):
     for config in forward_configs(where.backend, where.arch, head_dim, value_dim, dtype.itemsize):
         facts = ForwardFacts(head_dim, value_dim, chunk_of(head_dim), chunk_of(value_dim),
                              config.tile_q, config.tile_kv, mask_mod is not None,
-                             fold=score_mod is None)
-        plan = ForwardPlan(facts, code, config, dtype, True, True, False)
+                             fold=score_mod is None,
+                             rounded=dtype is torch.float32 and where.backend == "cuda")
+        plan = ForwardPlan(facts, code, config, dtype, True, boxed, True, False)
         binary = compiled(plan.source(), where)
         if binary.shared <= SHARED[target]:
             return binary, config
@@ -77,19 +78,28 @@ def test_forward(target, case):
         assert not re.search(r"ld\.global\.b16|ld\.global\.u16", text), "keys are read one by one"
 
 
+@pytest.mark.parametrize("case", FORWARD)
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_forward_by_tma(target, case):
+    text = forward(target, case, boxed=True)[0].stages["ptx"]
+    assert "cp.async.bulk.tensor.4d" in text and "cp.async.cg" not in text
+
+
+@pytest.mark.parametrize("boxed", [False, True])
 @pytest.mark.parametrize("kernel", ["key_value_gradient", "query_gradient"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_backward(target, kernel):
+def test_backward(target, kernel, boxed):
     """With a learned relative bias, deterministic, of which the smallest config fits."""
+    if boxed and target in ("sm_80", "gfx942"):
+        pytest.skip("no TMA")
     where = TARGETS[target]
     q = torch.empty(2, 4, 1024, 64, dtype=torch.bfloat16)
     call = Call(q, q, q, 1.0, specialize(trace_score_mod(relative_bias)),
                 specialize(trace_mask_mod(documents)))
     code = mod_code(call, where.backend, with_gradient=True)
-    config = backward_configs(where.backend, where.arch, 64, 64, 2)[-1][
-        kernel == "query_gradient"]
+    config = backward_configs(64, 64, 2)[kernel == "query_gradient"][-1]
     facts = BackwardFacts(64, 64, 64, 64, config.tile_q, config.tile_kv, True, "tf32",
                           diagonals=(0,), exact=True)
-    plan = BackwardPlan(kernel, facts, code, config, torch.bfloat16, torch.bfloat16, True)
+    plan = BackwardPlan(kernel, facts, code, config, torch.bfloat16, torch.bfloat16, True, boxed)
     binary = compiled(plan.source(), where)
     assert binary.shared <= SHARED[target] and len(binary.code) > 1000

@@ -123,7 +123,7 @@ def _scores(s, mod, block, whole, kv_len, scale, KIND: gl.constexpr, C: gl.const
             mask = mask | (whole != 0)
         attended = attended & mask
     if not C.fold_scale:
-        s = s * scale
+        s = s * (scale * MODS.score_scale)
     if MODS.score_mod is not None:
         s = MODS.score_mod(s, mod.batch, mod.head, mod.q_idx, kv_idx, attended, mod.args, parts)
     if KIND != FULL:
@@ -205,9 +205,9 @@ def _attend(part: gl.constexpr, tile, shared, stage, phase, sizes, args, scale,
 
 
 @gluon.jit
-def _store(part: gl.constexpr, tile, o, top, total, results, sizes, scale, to_base2,
+def _store(part: gl.constexpr, tile, o, top, total, results, sizes, unit, to_base2,
            C: gl.constexpr):
-    """Normalised rows, and their statistics where wanted."""
+    """Normalised rows, and their statistics where wanted; scores are in multiples of `unit`."""
     lse, factor = statistics(top, total, to_base2)
     layout: gl.constexpr = _store_layout(C)
     empty = column(factor, o) == 0.0
@@ -226,17 +226,17 @@ def _store(part: gl.constexpr, tile, o, top, total, results, sizes, scale, to_ba
     if results.lse is not None:
         gl.store(results.lse + line + row, lse, mask=row < sizes.q_len)
     if results.max_scores is not None:
-        if C.fold_scale:
-            top = top * scale
-        gl.store(results.max_scores + line + row, top, mask=row < sizes.q_len)
+        gl.store(results.max_scores + line + row, top * unit, mask=row < sizes.q_len)
 
 
 @gluon.jit
 def _consume(part: gl.constexpr, shared, results, sizes, args, scale, C: gl.constexpr,
              MODS: gl.constexpr):
+    unit = scale
     to_base2 = scale * LOG2E
     if not C.fold_scale:
-        to_base2 = scale * 0.0 + LOG2E
+        unit = scale * 0.0 + MODS.result_scale
+        to_base2 = scale * 0.0 + LOG2E * MODS.result_scale
     release_all(C)
     if part == C.consumers - 1:
         end_turn(part, C)
@@ -248,7 +248,7 @@ def _consume(part: gl.constexpr, shared, results, sizes, args, scale, C: gl.cons
     while tile.batch >= 0:
         stage, phase, o, top, total = _attend(part, tile, shared, stage, phase, sizes, args,
                                               scale, to_base2, C, MODS)
-        _store(part, tile, o, top, total, results, sizes, scale, to_base2, C)
+        _store(part, tile, o, top, total, results, sizes, unit, to_base2, C)
         tile_phase ^= 1
         mbarrier.wait(shared.q_full.index(0), tile_phase)
         tile = announced(shared)

@@ -22,6 +22,7 @@ from flexattn.kernels.triton_tiles import (
     indices,
     load_rows,
     next_block,
+    operand,
     product,
     store_rows,
     times,
@@ -55,8 +56,9 @@ def _probabilities(raw, lse2, b, h, q_idx, kv_idx, inside, scale, args, parts,
     if MODS.score_mod is None:
         exponent = raw * (scale * LOG2E)
     else:  # the forward has reported what the mod reads out of range
-        score = raw * scale
-        exponent = MODS.score_mod(score, b, h, q_idx, kv_idx, False, args, parts) * LOG2E
+        score = raw * (scale * MODS.score_scale)
+        exponent = MODS.score_mod(score, b, h, q_idx, kv_idx, False, args, parts) \
+            * (LOG2E * MODS.result_scale)
     if MASKED:
         kept = inside
         if MODS.mask_mod is not None:
@@ -115,18 +117,20 @@ def _key_value_step(sums, k, v, q, d_out, statistics, at, head, columns, first_q
     q_idx = indices(first_q, q_len, F.tile_q, MASKED)[None, :]
     inside = (first_q + tl.arange(0, F.tile_q) < q_len)[None, :]
     rows = MODS.mod_rows(b, h, q_idx, args, head)
-    q_rows = load_rows(q, b, h, first_q, q_len, F.head_dim, F.head_chunk, F.tile_q, MASKED)
+    q_rows = load_rows(q, b, h, first_q, q_len, F.head_dim, F.head_chunk, F.tile_q, MASKED,
+                       F.rounded)
     raw = product(k, q_rows, F)
     line = b * heads + h
     lse2 = _load_statistics(statistics, line, first_q, F.tile_q)[None, :]
     delta = _load_statistics(statistics, batch * heads + line, first_q, F.tile_q)[None, :]
     p, factors = _probabilities(raw, lse2, b, h, q_idx, kv_idx, inside, scale, args,
                                 (head, rows, columns), MODS, MASKED)
-    do_rows = load_rows(d_out, b, h, first_q, q_len, F.value_dim, F.value_chunk, F.tile_q, MASKED)
+    do_rows = load_rows(d_out, b, h, first_q, q_len, F.value_dim, F.value_chunk, F.tile_q, MASKED,
+                        F.rounded)
     dp = product(v, do_rows, F)
-    dv = add_product(dv, p.to(do_rows[0].dtype), do_rows, F)
+    dv = add_product(dv, operand(p, do_rows[0].dtype, F), do_rows, F)
     ds = factors[0] * (dp - delta)
-    dk = add_product(dk, ds.to(q_rows[0].dtype), q_rows, F)
+    dk = add_product(dk, operand(ds, q_rows[0].dtype, F), q_rows, F)
     added = ()
     for i in tl.static_range(len(F.col_sums)):
         added = added + (col_sums[i] + tl.sum(factors[F.col_sums[i] + 1] * (dp - delta), 1),)
@@ -151,8 +155,10 @@ def key_value_gradient(q, k, v, d_out, statistics, dk_out, dv_out, sums_out, pea
     kv_b, kv_h = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
     first = tile * F.tile_kv
     kv_idx = indices(first, kv_len, F.tile_kv, True)[:, None]
-    k_rows = load_rows(k, kv_b, kv_h, first, kv_len, F.head_dim, F.head_chunk, F.tile_kv, True)
-    v_rows = load_rows(v, kv_b, kv_h, first, kv_len, F.value_dim, F.value_chunk, F.tile_kv, True)
+    k_rows = load_rows(k, kv_b, kv_h, first, kv_len, F.head_dim, F.head_chunk, F.tile_kv, True,
+                       F.rounded)
+    v_rows = load_rows(v, kv_b, kv_h, first, kv_len, F.value_dim, F.value_chunk, F.tile_kv, True,
+                       F.rounded)
     dk = zeros(F.tile_kv, F.head_chunk, F.head_chunks)
     dv = zeros(F.tile_kv, F.value_chunk, F.value_chunks)
     peaks = _zero_vectors(F.tile_kv, len(F.unordered) if F.exact else 0, tl.int32)
@@ -171,12 +177,13 @@ def key_value_gradient(q, k, v, d_out, statistics, dk_out, dv_out, sums_out, pea
             row = ((b % blocks[0]) * blocks[1] + h % blocks[1]) * tl.num_programs(0) + tile
             count, run, runs, block, stop = first_block(full, row, q_tiles - 1)
             ragged = ends_ragged(full, row, q_tiles, q_len, F.tile_q)
+            partly = first_block(partial, row, q_tiles - 1)  # read while it can wait
             for _ in range(count - ragged):
                 sums = _key_value_step(sums, k_rows, v_rows, q, d_out, statistics, at, head,
                                        columns, block * F.tile_q, shape, scale, args, MODS, F,
                                        False)
                 run, block, stop = next_block(full, run, runs, block, stop, q_tiles - 1)
-            count, run, runs, block, stop = first_block(partial, row, q_tiles - 1)
+            count, run, runs, block, stop = partly
             for _ in range(count + ragged):
                 sums = _key_value_step(sums, k_rows, v_rows, q, d_out, statistics, at, head,
                                        columns, block * F.tile_q, shape, scale, args, MODS, F,
@@ -216,15 +223,15 @@ def _query_step(sums, q, d_out, lse2, delta, k, v, at, head, rows, first_kv, len
     columns = MODS.mod_columns(b, h, kv_idx, args, head)
     parts = (head, rows, columns)
     k_rows = load_rows(k, kv_b, kv_h, first_kv, kv_len, F.head_dim, F.head_chunk, F.tile_kv,
-                        MASKED)
+                        MASKED, F.rounded)
     raw = product(q, k_rows, F)
     p, factors = _probabilities(raw, lse2[:, None], b, h, q_idx, kv_idx, inside, scale, args,
                                 parts, MODS, MASKED)
     v_rows = load_rows(v, kv_b, kv_h, first_kv, kv_len, F.value_dim, F.value_chunk, F.tile_kv,
-                        MASKED)
+                        MASKED, F.rounded)
     dp = product(d_out, v_rows, F)
     ds = factors[0] * (dp - delta[:, None])
-    dq = add_product(dq, ds.to(k_rows[0].dtype), k_rows, F)
+    dq = add_product(dq, operand(ds, k_rows[0].dtype, F), k_rows, F)
     added = ()
     for i in tl.static_range(len(F.row_sums)):
         added = added + (row_sums[i]
@@ -235,7 +242,8 @@ def _query_step(sums, q, d_out, lse2, delta, k, v, at, head, rows, first_kv, len
         if i < len(F.diagonals):
             _add_diagonals(scatter, i, d_load, first_q - first_kv, line, F)
         else:
-            offsets = MODS.grad_offsets(raw * scale, b, h, q_idx, kv_idx, args, parts)
+            score = raw * (scale * MODS.score_scale)
+            offsets = MODS.grad_offsets(score, b, h, q_idx, kv_idx, args, parts)
             _add_atomically(scatter[0][i] + offsets[F.unordered[i]], d_load, here & inside,
                             scatter[1] + i, F.exact)
     return dq, added
@@ -277,8 +285,9 @@ def query_gradient(q, k, v, d_out, statistics, dq_out, sums_out, scatter, full, 
     kv_b, kv_h = b % kv_batch, h // (heads // kv_heads)
     first = tile * F.tile_q
     q_idx = indices(first, q_len, F.tile_q, True)[:, None]
-    q_rows = load_rows(q, b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q, True)
-    do_rows = load_rows(d_out, b, h, first, q_len, F.value_dim, F.value_chunk, F.tile_q, True)
+    q_rows = load_rows(q, b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q, True, F.rounded)
+    do_rows = load_rows(d_out, b, h, first, q_len, F.value_dim, F.value_chunk, F.tile_q, True,
+                        F.rounded)
     lse2 = _load_statistics(statistics, line, first, F.tile_q)
     delta = _load_statistics(statistics, batch * heads + line, first, F.tile_q)
     head = MODS.mod_head(b, h, args)
@@ -292,11 +301,12 @@ def query_gradient(q, k, v, d_out, statistics, dq_out, sums_out, scatter, full, 
         kv_tiles = tl.cdiv(kv_len, F.tile_kv)
         count, run, runs, block, stop = first_block(full, row, kv_tiles - 1)
         ragged = ends_ragged(full, row, kv_tiles, kv_len, F.tile_kv)
+        partly = first_block(partial, row, kv_tiles - 1)  # read while it can wait
         for _ in range(count - ragged):
             sums = _query_step(sums, q_rows, do_rows, lse2, delta, k, v, at, head, rows,
                                block * F.tile_kv, lengths, scale, args, scatter, MODS, F, False)
             run, block, stop = next_block(full, run, runs, block, stop, kv_tiles - 1)
-        count, run, runs, block, stop = first_block(partial, row, kv_tiles - 1)
+        count, run, runs, block, stop = partly
         for _ in range(count + ragged):
             sums = _query_step(sums, q_rows, do_rows, lse2, delta, k, v, at, head, rows,
                                block * F.tile_kv, lengths, scale, args, scatter, MODS, F, True)

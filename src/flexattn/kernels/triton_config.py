@@ -21,7 +21,8 @@ class TritonConfig:
 
 @dataclass(frozen=True)
 class ForwardFacts:
-    """What a forward kernel is compiled for. fold: no score mod, and scale > 0."""
+    """What a forward kernel is compiled for. fold: no score mod, and scale > 0. rounded: float32
+    is rounded to tf32 before it is multiplied."""
 
     head_dim: int
     value_dim: int
@@ -32,6 +33,7 @@ class ForwardFacts:
     sparse: bool = False
     fold: bool = True
     precision: str = "tf32"
+    rounded: bool = False
 
     @property
     def value_chunks(self) -> int:
@@ -57,6 +59,7 @@ class BackwardFacts:
     tile_kv: int
     sparse: bool = False
     precision: str = "tf32"
+    rounded: bool = False
     row_sums: tuple[int, ...] = ()
     col_sums: tuple[int, ...] = ()
     diagonals: tuple[int, ...] = ()
@@ -128,37 +131,40 @@ def forward_configs(backend: str, arch: int | str, head_dim: int, value_dim: int
     return found
 
 
-# Pairs of configs: of the kernel of dk and dv, and of the kernel of dq.
-_Pair = tuple[TritonConfig, TritonConfig]
-_BACKWARD: dict[int, tuple[_Pair, ...]] = {
-    64: ((TritonConfig(64, 64, 4, 3), TritonConfig(64, 64, 4, 3)),
-         (TritonConfig(64, 64, 4, 2), TritonConfig(64, 64, 4, 2)),
-         (TritonConfig(32, 64, 4, 1), TritonConfig(64, 32, 4, 1))),
-    128: ((TritonConfig(32, 128, 8, 3), TritonConfig(128, 64, 8, 3)),
-          (TritonConfig(32, 128, 8, 2), TritonConfig(128, 32, 8, 2)),
-          (TritonConfig(32, 64, 4, 2), TritonConfig(64, 32, 4, 2)),
-          (TritonConfig(32, 32, 4, 1), TritonConfig(32, 32, 4, 1))),
-    256: ((TritonConfig(64, 64, 8, 1), TritonConfig(64, 64, 8, 1)),
-          (TritonConfig(32, 64, 8, 1), TritonConfig(64, 32, 8, 1)),
-          (TritonConfig(32, 32, 4, 1), TritonConfig(32, 32, 4, 1)),
-          (TritonConfig(16, 16, 4, 1), TritonConfig(16, 16, 4, 1))),
-    1 << 30: ((TritonConfig(32, 32, 8, 1), TritonConfig(32, 32, 8, 1)),
-              (TritonConfig(16, 32, 4, 1), TritonConfig(32, 16, 4, 1)),
-              (TritonConfig(16, 16, 4, 1), TritonConfig(16, 16, 4, 1))),
+# Of the kernel of dk and dv, and of the kernel of dq.
+_Choices = tuple[tuple[TritonConfig, ...], tuple[TritonConfig, ...]]
+_BACKWARD: dict[int, _Choices] = {
+    64: ((TritonConfig(64, 64, 4, 3), TritonConfig(64, 64, 4, 2), TritonConfig(32, 64, 4, 1)),
+         (TritonConfig(64, 64, 4, 3), TritonConfig(64, 64, 4, 2), TritonConfig(64, 32, 4, 1))),
+    128: ((TritonConfig(32, 128, 8, 3), TritonConfig(32, 128, 8, 2), TritonConfig(32, 64, 4, 2),
+           TritonConfig(32, 32, 4, 1)),
+          (TritonConfig(128, 64, 8, 3), TritonConfig(128, 32, 8, 2), TritonConfig(64, 32, 4, 2),
+           TritonConfig(32, 32, 4, 1))),
+    256: ((TritonConfig(64, 64, 8, 1), TritonConfig(32, 64, 8, 1), TritonConfig(32, 32, 4, 1),
+           TritonConfig(16, 16, 4, 1)),
+          (TritonConfig(64, 64, 8, 1), TritonConfig(64, 32, 8, 1), TritonConfig(32, 32, 4, 1),
+           TritonConfig(16, 16, 4, 1))),
+    1 << 30: ((TritonConfig(32, 32, 8, 1), TritonConfig(16, 32, 4, 1), TritonConfig(16, 16, 4, 1)),
+              (TritonConfig(32, 32, 8, 1), TritonConfig(32, 16, 4, 1), TritonConfig(16, 16, 4, 1))),
 }
-_BACKWARD_SPARSE = {128: (TritonConfig(64, 128, 8, 2), TritonConfig(128, 64, 8, 3))}
+# Where tiles come by TMA (Hopper and later), which leaves more registers.
+_BACKWARD_TMA: dict[int, _Choices] = {
+    64: ((TritonConfig(128, 64, 4, 2), TritonConfig(64, 64, 4, 3)), (TritonConfig(64, 64, 4, 3),)),
+    128: ((TritonConfig(64, 64, 4, 2), TritonConfig(64, 128, 8, 3)),
+          (TritonConfig(64, 64, 4, 2), TritonConfig(128, 64, 8, 3))),
+}
 
 
-def backward_configs(backend: str, arch: int | str, head_dim: int, value_dim: int,
-                     bytes_each: int, exact: bool = False,
-                     sparse: bool = False) -> tuple[_Pair, ...]:
-    """Configs of the kernels of dk and dv, and of dq."""
+def backward_configs(head_dim: int, value_dim: int, bytes_each: int, exact: bool = False,
+                     boxed: bool = False) -> _Choices:
+    """Configs of the kernel of dk and dv, and of the kernel of dq. boxed: tiles come by TMA."""
     if exact:
         config = _exact_config(head_dim, value_dim)
-        return ((config, config),)
+        return (config,), (config,)
     width = max(head_dim, value_dim) * bytes_each // 2
     most, found = next(item for item in _BACKWARD.items() if width <= item[0])
-    return (_BACKWARD_SPARSE[most], *found) if sparse and most in _BACKWARD_SPARSE else found
+    first = _BACKWARD_TMA.get(most, ((), ())) if boxed else ((), ())
+    return first[0] + found[0], first[1] + found[1]
 
 
 @dataclass(frozen=True)

@@ -110,8 +110,7 @@ def decode(q, k, v, out, lse, max_scores, parts, full, partial, sizes, blocks, s
                                 tile * F.tile_kv, kv_len, scale, args, MODS, F, True)
     result, total, peak = state
     result = scaled(result, tl.where(total == 0.0, 0.0, 1.0 / total))
-    if F.fold:
-        peak *= scale
+    peak *= scale if F.fold else MODS.result_scale
     row = (tl.cast(b, tl.int64) * heads + head) * q_len + pair
     if parts is None:
         for c in tl.static_range(len(result)):

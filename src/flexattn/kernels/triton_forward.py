@@ -20,6 +20,7 @@ from flexattn.kernels.triton_tiles import (
     indices,
     load_rows,
     next_block,
+    operand,
     product,
     scaled,
     store_rows,
@@ -31,15 +32,19 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def softmax_step(score, total, peak, factor, GUARDED: tl.constexpr):
+def softmax_step(score, total, peak, factor, GUARDED: tl.constexpr, EXACT: tl.constexpr):
     """Probabilities relative to the new peak of each row, the new total and peak, and what the
-    accumulated output is to be multiplied with. factor: of scores, to exponents of 2."""
+    accumulated output is to be multiplied with. factor: of scores, to exponents of 2. EXACT: large
+    scores lose nothing to the multiplication, which costs an addition."""
     new_peak = tl.maximum(peak, tl.max(score, 1))
-    base = new_peak * factor
+    base = new_peak
     if GUARDED:  # a row may have seen no key yet
         base = tl.where(new_peak == float("-inf"), 0.0, base)
-    p = tl.math.exp2(score * factor - base[:, None])
-    decay = tl.math.exp2(peak * factor - base)
+    if EXACT:
+        p = tl.math.exp2((score - base[:, None]) * factor)
+    else:
+        p = tl.math.exp2(score * factor - (base * factor)[:, None])
+    decay = tl.math.exp2((peak - base) * factor)
     return p, total * decay + tl.sum(p, 1), new_peak, decay
 
 
@@ -52,7 +57,7 @@ def attend_tile(state, q, k, v, at, head, rows, first_kv, kv_len, scale, args,
     b, kv_b, h, kv_h, q_idx = at
     kv_idx = indices(first_kv, kv_len, F.tile_kv, MASKED)[None, :]
     k_rows = load_rows(k, kv_b, kv_h, first_kv, kv_len, F.head_dim, F.head_chunk, F.tile_kv,
-                       MASKED)
+                       MASKED, F.rounded)
     score = product(q, k_rows, F)
     parts = (head, rows, MODS.mod_columns(b, h, kv_idx, args, head))
     kept = True
@@ -61,16 +66,18 @@ def attend_tile(state, q, k, v, at, head, rows, first_kv, kv_len, scale, args,
         if MODS.mask_mod is not None:
             kept = kept & MODS.mask_mod(b, h, q_idx, kv_idx, args, parts)
     if not F.fold:
-        score *= scale
+        score *= scale * MODS.score_scale
     if MODS.score_mod is not None:
         score = MODS.score_mod(score, b, h, q_idx, kv_idx, kept, args, parts)
     if MASKED:
         score = tl.where(kept, score, float("-inf"))
-    p, total, peak, decay = softmax_step(score, total, peak, scale * LOG2E if F.fold else LOG2E,
-                                         MASKED or MODS.score_mod is not None)
+    factor = LOG2E * (scale if F.fold else MODS.result_scale)
+    p, total, peak, decay = softmax_step(score, total, peak, factor,
+                                         MASKED or MODS.score_mod is not None,
+                                         k_rows[0].dtype == tl.float32)
     v_rows = load_rows(v, kv_b, kv_h, first_kv, kv_len, F.value_dim, F.value_chunk, F.tile_kv,
-                       MASKED)
-    out = add_product(scaled(out, decay), p.to(v_rows[0].dtype), v_rows, F)
+                       MASKED, F.rounded)
+    out = add_product(scaled(out, decay), operand(p, v_rows[0].dtype, F), v_rows, F)
     return out, total, peak
 
 
@@ -96,7 +103,7 @@ def forward(q, k, v, out, lse, max_scores, full, partial, sizes, blocks, scale, 
     kv_b, kv_h = b % kv_batch, h // (heads // kv_heads)
     first = tile * F.tile_q
     q_idx = indices(first, q_len, F.tile_q, True)[:, None]
-    q_rows = load_rows(q, b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q, True)
+    q_rows = load_rows(q, b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q, True, F.rounded)
     head = MODS.mod_head(b, h, args)
     rows = MODS.mod_rows(b, h, q_idx, args, head)
     TILE_Q: tl.constexpr = F.tile_q
@@ -108,11 +115,12 @@ def forward(q, k, v, out, lse, max_scores, full, partial, sizes, blocks, scale, 
         kv_tiles = tl.cdiv(kv_len, F.tile_kv)
         count, run, runs, block, stop = first_block(full, row, kv_tiles - 1)
         ragged = ends_ragged(full, row, kv_tiles, kv_len, F.tile_kv)
+        partly = first_block(partial, row, kv_tiles - 1)  # read while it can wait
         for _ in range(count - ragged):
             state = attend_tile(state, q_rows, k, v, at, head, rows, block * F.tile_kv, kv_len,
                                 scale, args, MODS, F, False)
             run, block, stop = next_block(full, run, runs, block, stop, kv_tiles - 1)
-        count, run, runs, block, stop = first_block(partial, row, kv_tiles - 1)
+        count, run, runs, block, stop = partly
         for _ in range(count + ragged):
             state = attend_tile(state, q_rows, k, v, at, head, rows, block * F.tile_kv, kv_len,
                                 scale, args, MODS, F, True)
@@ -130,8 +138,7 @@ def forward(q, k, v, out, lse, max_scores, full, partial, sizes, blocks, scale, 
                F.value_dim, F.value_chunk, F.tile_q)
     place = first + tl.arange(0, F.tile_q)
     to = tl.cast(line, tl.int64) * q_len + place
-    if F.fold:
-        peak *= scale
+    peak *= scale if F.fold else MODS.result_scale
     if lse is not None:
         tl.store(lse + to, peak + tl.math.log2(total) * LN2, mask=place < q_len)
     if max_scores is not None:

@@ -1,7 +1,8 @@
 """What the Triton kernels share: tiles of rows, products over chunks, the walk over blocks.
 
-A tensor x is (pointer, stride of batches, of heads, of rows) with contiguous columns. The columns
-of a tile are held as a tuple of chunks, so that 96 columns are three chunks of 32 and not 128.
+A tensor x is (pointer, stride of batches, of heads, of rows) with contiguous columns, or, where
+the GPU has TMA, (descriptor,), whose box is a chunk of a tile. The columns of a tile are held as a
+tuple of chunks, so that 96 columns are three chunks of 32 and not 128.
 Runs of blocks are (offsets, start, end, blocks before): see `RunTable`; full and partial blocks
 have a table each.
 """
@@ -18,23 +19,49 @@ def row_start(x, b, h, first):
 
 @triton.jit
 def load_rows(x, b, h, first, length, DIM: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
-              BOUNDED: tl.constexpr):
-    """Rows first .. first + ROWS of x[b, h], as chunks of columns; 0 beyond `length`."""
+              BOUNDED: tl.constexpr, ROUNDED: tl.constexpr = False):
+    """Rows first .. first + ROWS of x[b, h], as chunks of columns; 0 beyond `length`. ROUNDED: to
+    tf32, which a descriptor does by itself."""
     chunks = ()
     for c in tl.static_range((DIM + CHUNK - 1) // CHUNK):
-        row = tl.arange(0, ROWS)[:, None]
-        column = c * CHUNK + tl.arange(0, CHUNK)[None, :]
-        at = row_start(x, b, h, first) + row * x[3] + column
-        if BOUNDED and (c + 1) * CHUNK > DIM:
-            chunk = tl.load(at, mask=(first + row < length) & (column < DIM), other=0.0)
-        elif BOUNDED:
-            chunk = tl.load(at, mask=first + row < length, other=0.0)
-        elif (c + 1) * CHUNK > DIM:
-            chunk = tl.load(at, mask=column < DIM, other=0.0)
+        if len(x) == 1:
+            chunk = x[0].load([b, h, first, c * CHUNK]).reshape(ROWS, CHUNK)
         else:
-            chunk = tl.load(at)
+            chunk = _load_chunk(x, b, h, first, length, DIM, CHUNK, ROWS, BOUNDED, c)
+            if ROUNDED:
+                chunk = tf32(chunk)
         chunks = chunks + (chunk,)
     return chunks
+
+
+@triton.jit
+def _load_chunk(x, b, h, first, length, DIM: tl.constexpr, CHUNK: tl.constexpr,
+                ROWS: tl.constexpr, BOUNDED: tl.constexpr, c: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]
+    column = c * CHUNK + tl.arange(0, CHUNK)[None, :]
+    at = row_start(x, b, h, first) + row * x[3] + column
+    if BOUNDED and (c + 1) * CHUNK > DIM:
+        chunk = tl.load(at, mask=(first + row < length) & (column < DIM), other=0.0)
+    elif BOUNDED:
+        chunk = tl.load(at, mask=first + row < length, other=0.0)
+    elif (c + 1) * CHUNK > DIM:
+        chunk = tl.load(at, mask=column < DIM, other=0.0)
+    else:
+        chunk = tl.load(at)
+    return chunk
+
+
+@triton.jit
+def tf32(x):
+    """float32 to the nearest tf32. Tensor cores would cut the digits off, twice the error."""
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32,
+                                     is_pure=True, pack=1)
+
+
+@triton.jit
+def operand(x, dtype: tl.constexpr, F: tl.constexpr):
+    """What tensor cores multiply of a float32 tile."""
+    return tf32(x) if F.rounded else x.to(dtype)
 
 
 @triton.jit

@@ -21,8 +21,10 @@ kv_idx [N, 1]; b and h are scalars, or tiles when heads are packed into rows):
 with parts = (head, rows, columns). Compute `head` and the part that a loop does not change before
 the loop (nothing hoists loads in Gluon) and the other part in each step; parts that are not used
 cost nothing. q_idx and kv_idx are int32 and must be clamped into the tensors (0 <= q_idx < q_len):
-proofs of in-bounds reads rest on it. `score` is scale * q.k in float32; `attended` says where the
-result counts (mask and bounds, or True): a captured tensor read out of range there sets the flag.
+proofs of in-bounds reads rest on it. `score` is scale * SCORE_SCALE * q.k in float32, and the new
+score is RESULT_SCALE times the result of score_mod, two constants of the module (1 where they are
+missing); `attended` says where the result counts (mask and bounds, or True): a captured tensor read
+out of range there sets the flag.
 
 `args` is ONE kernel argument, a named tuple with the fields `argument_fields(...)` gives:
 
@@ -44,6 +46,7 @@ from dataclasses import dataclass
 import torch
 
 from flexattn.ir.graph import Graph, Node
+from flexattn.lower.scales import Scales
 from flexattn.lower.separate import COLUMNS, HEAD, ROWS, TILE
 from flexattn.lower.triton_facts import ModFacts
 from flexattn.lower.triton_ops import Context, Target, plain
@@ -127,12 +130,17 @@ def lower(score: Graph | None, mask: Graph | None, facts: Facts,
         roles.append(Role("score", context, facts.index_bound, graphs, facts.report))
     if mask is not None:
         roles.append(Role("mask", context, facts.index_bound, [(mask, facts.mask)], facts.report))
-    texts = [_HEADER, *_hoisted_functions(roles)]
+    texts = [_HEADER, *(_constants(role.scales) for role in roles if role.scales != Scales()),
+             *_hoisted_functions(roles)]
     for role in roles:
         texts.append(_mask_mod(role) if role.prefix == "mask" else _score_mod(role))
     if gradient is not None:
         texts += [_score_mod_grad(roles[0]), _grad_offsets(roles[0])]
     return "\n\n".join(texts)
+
+
+def _constants(scales: Scales) -> str:
+    return f"SCORE_SCALE = {scales.score!r}\nRESULT_SCALE = {scales.result!r}\n"
 
 
 def _function(name: str, lines: list[str], result: str) -> str:

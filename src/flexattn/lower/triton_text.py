@@ -14,6 +14,7 @@ import torch
 
 from flexattn.ir.graph import Graph, Node
 from flexattn.ir.ops import LEAVES, Op
+from flexattn.lower.scales import Scales, take_out
 from flexattn.lower.separate import COLUMNS, HEAD, ROWS, TILE, Separation, levels
 from flexattn.lower.triton_facts import CaptureFact, ModFacts, ReadFact, leaf_ranges
 from flexattn.lower.triton_ops import HALVES, TABLE, TYPE_NAMES, Context, literal
@@ -47,8 +48,14 @@ class Role:
         whole = Graph(outputs, graphs[0][0].captures, graphs[0][0].numbers)
         ranges = leaf_ranges(whole, index_bound, first.numbers)
         new = Separation(ranges, levels(whole.nodes))(whole.nodes)
+        outputs = tuple((name, new[n]) for name, n in outputs)
+        self.scales = Scales()
+        if context.fast and prefix == "score":
+            apart = whole.replace_outputs(*outputs)
+            equal, outputs, self.scales = take_out(apart.nodes, outputs)
+            new = {n: equal.get(m, m) for n, m in new.items()}
         self.prefix = prefix
-        self.graph = whole.replace_outputs(*((name, new[n]) for name, n in outputs))
+        self.graph = whole.replace_outputs(*outputs)
         self.level = levels(self.graph.nodes)
         self.context = Context(context.target, context.fast,
                                leaf_ranges(self.graph, index_bound, first.numbers))

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from flexattn.compile_triton import Binary, Source, binary
 from flexattn.runtime.call import Call, Gradients, Result
 from flexattn.runtime.gpu_driver import Function, target
 from flexattn.runtime.gpu_mods import INTERPRETED
+from flexattn.runtime.tensor_map import TensorMap
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32",
          torch.int32: "i32", torch.int64: "i64"}
@@ -45,15 +46,45 @@ class Refusal:
     reason: str
 
 
+_WIDEST_BOX = 128  # bytes of a row that one copy of TMA brings
+
+
+class Box(NamedTuple):
+    """A tensor that a kernel reads through a TMA descriptor, tile by tile."""
+
+    tensor: Tensor
+    rows: int
+    columns: int
+
+    def map(self) -> TensorMap:
+        widest = _WIDEST_BOX // self.tensor.element_size()
+        return TensorMap(self.tensor, self.rows, min(self.columns, widest))
+
+
+def tensor_type(dtype: torch.dtype, rows: int, columns: int, boxed: bool) -> tuple[str, ...]:
+    """Of a tensor [batch, head, row, column] in a kernel's signature."""
+    if boxed:
+        return (f"tensordesc<{TYPES[dtype]}[1, 1, {rows}, {columns}]>",)
+    return (f"*{TYPES[dtype]}", "i64", "i64", "i64")
+
+
+def tensor_values(tensor: Tensor, rows: int, columns: int, boxed: bool) -> list[Any]:
+    """A launch's values for such a tensor: Triton wants sizes and strides beside a descriptor."""
+    if boxed:
+        return [Box(tensor, rows, columns), *tensor.shape, *tensor.stride()]
+    return [tensor, *tensor.stride()[:3]]
+
+
 class Launch:
     """One kernel's launch. values: those of its parameters, in order, with tensors where it takes
-    pointers; a call gives tensors in the same order."""
+    pointers and boxes where it takes descriptors; a call gives tensors in the same order."""
 
     def __init__(self, function: Function | None, build: Callable[[], Source], grid: Grid,
                  values: Sequence[Any]) -> None:
         self._function, self._build, self._grid = function, build, grid
-        self._slots = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
-        self._values = [0 if isinstance(v, Tensor) else v for v in values]
+        self._slots = [i for i, v in enumerate(values) if isinstance(v, Tensor | Box)]
+        self._values = [0 if isinstance(v, Tensor | Box) else v for v in values]
+        self._maps = {i: v.map() for i, v in enumerate(values) if isinstance(v, Box)}
         if function is not None:
             self._values += [0] * (function.parameters - len(values))  # what Triton adds
 
@@ -63,7 +94,8 @@ class Launch:
 
     def fresh(self, values: Sequence[Any], stream: int) -> None:
         """A launch with the tensors among these values."""
-        self([values[slot] for slot in self._slots], stream)
+        found = (values[slot] for slot in self._slots)
+        self([v.tensor if isinstance(v, Box) else v for v in found], stream)
 
     def __call__(self, tensors: Sequence[Tensor], stream: int) -> None:
         values = self._values.copy()
@@ -74,6 +106,8 @@ class Launch:
         else:
             for slot, tensor in zip(self._slots, tensors, strict=True):
                 values[slot] = tensor.data_ptr()
+            for slot, made in self._maps.items():
+                values[slot] = made.at(values[slot])
             self._function.launch(self._grid, values, stream)
 
 

@@ -26,6 +26,7 @@ from flexattn.runtime import (
     launch_triton,
     launch_triton_backward,
     launch_triton_decode,
+    triton_backward_plan,
 )
 from flexattn.runtime.call import Call, Gradients, Result
 from flexattn.runtime.gpu_launch import Prepared, PreparedBackward, Refusal, on
@@ -90,7 +91,7 @@ def backward(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) ->
 def _backward_of(call: Call, result: Result, d_out: Tensor,
                  d_lse: Tensor | None) -> PreparedBackward:
     key = (*_key(call), d_out.stride(), d_out.data_ptr() & 15, d_lse is None,
-           launch_triton_backward.deterministic(call))
+           triton_backward_plan.deterministic(call))
     found = _backwards.get(key)
     if found is None:
         if len(_backwards) >= _MOST_PREPARED:

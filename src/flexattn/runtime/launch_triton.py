@@ -16,7 +16,16 @@ from flexattn.compile_triton import Source, load
 from flexattn.kernels.triton_config import ForwardFacts, TritonConfig, chunk_of, forward_configs
 from flexattn.runtime.call import Call, Result, like_query
 from flexattn.runtime.gpu_driver import shared_limit, target
-from flexattn.runtime.gpu_launch import TYPES, Launch, Prepared, Refusal, function, stream_of
+from flexattn.runtime.gpu_launch import (
+    TYPES,
+    Launch,
+    Prepared,
+    Refusal,
+    function,
+    stream_of,
+    tensor_type,
+    tensor_values,
+)
 from flexattn.runtime.gpu_mods import (
     INTERPRETED,
     ModCode,
@@ -26,6 +35,7 @@ from flexattn.runtime.gpu_mods import (
     watch,
 )
 from flexattn.runtime.gpu_tables import Tables, tables
+from flexattn.runtime.tensor_map import has_tma, takes
 
 TENSOR = ("i64", "i64", "i64")  # strides of batches, heads and rows
 TABLE = ("*i32", "*i32", "*i32", "*i64")
@@ -77,31 +87,35 @@ class ForwardPlan:
     config: TritonConfig
     dtype: torch.dtype
     aligned: bool
+    boxed: bool
     want_lse: bool
     want_max_scores: bool
 
     @property
     def key(self) -> str:
         return repr(("triton forward", self.facts, self.code.text, self.code.types, self.config,
-                     self.dtype, self.aligned, self.want_lse, self.want_max_scores))
+                     self.dtype, self.aligned, self.boxed, self.want_lse,
+                     self.want_max_scores))
 
     def source(self) -> Source:
         from flexattn.kernels.triton_forward import forward
 
-        pointer = f"*{TYPES[self.dtype]}"
-        tensor = (pointer, *TENSOR)
-        table = TABLE if self.facts.sparse else "constexpr"
-        signature = {
-            "q": tensor, "k": tensor, "v": tensor, "out": tensor,
+        facts, boxed = self.facts, self.boxed
+        table = TABLE if facts.sparse else "constexpr"
+        signature: dict[str, Any] = {
+            "q": tensor_type(self.dtype, facts.tile_q, facts.head_chunk, boxed),
+            "k": tensor_type(self.dtype, facts.tile_kv, facts.head_chunk, boxed),
+            "v": tensor_type(self.dtype, facts.tile_kv, facts.value_chunk, boxed),
+            "out": (f"*{TYPES[self.dtype]}", *TENSOR),
             "lse": "*fp32" if self.want_lse else "constexpr",
             "max_scores": "*fp32" if self.want_max_scores else "constexpr",
             "full": table, "partial": table, "sizes": ("i32",) * 7, "blocks": ("i32",) * 2,
             "scale": "fp32", "args": self.code.argument_type(), "MODS": "constexpr",
             "F": "constexpr"}
         constants = {"lse": None, "max_scores": None, "full": None, "partial": None,
-                     "MODS": load(self.code.text), "F": self.facts}
+                     "MODS": load(self.code.text), "F": facts}
         constants = {k: v for k, v in constants.items() if signature[k] == "constexpr"}
-        aligned = alignment(range(4), self.dtype) if self.aligned else {}
+        aligned = alignment((3,) if boxed else range(4), self.dtype) if self.aligned else {}
         options = {"num_warps": self.config.warps, "num_stages": self.config.stages}
         return Source(forward, signature, constants, aligned, options)
 
@@ -125,11 +139,12 @@ class _Forward:
         facts = ForwardFacts(
             q.shape[-1], v.shape[-1], chunk_of(q.shape[-1]), chunk_of(v.shape[-1]),
             config.tile_q, config.tile_kv, sparse=call.block_mask is not None,
-            fold=call.score is None and call.scale > 0, precision=precision(q.dtype))
+            fold=call.score is None and call.scale > 0, precision=precision(q.dtype),
+            rounded=is_rounded(q))
         out = like_query(q, v.shape[-1])
         self.config, self.code = config, code
         self.plan = ForwardPlan(facts, code, config, q.dtype, is_aligned(q, k, v, out),
-                                call.want_lse, call.want_max_scores)
+                                is_boxed(q, k, v), call.want_lse, call.want_max_scores)
         q_tiles = -(-q.shape[2] // config.tile_q)
         grid = (q_tiles * q.shape[0] * q.shape[1], 1, 1)
         self.launch = Launch(function(self.plan.key, q.device, self.plan.source),
@@ -137,9 +152,11 @@ class _Forward:
 
     def _values(self, call: Call, out: Tensor) -> list[Any]:
         q, k, v = call.query, call.key, call.value
-        values: list[Any] = []
-        for t in (q, k, v, out):
-            values += [t, *t.stride()[:3]]
+        facts, boxed = self.plan.facts, self.plan.boxed
+        values = [*tensor_values(q, facts.tile_q, facts.head_chunk, boxed),
+                  *tensor_values(k, facts.tile_kv, facts.head_chunk, boxed),
+                  *tensor_values(v, facts.tile_kv, facts.value_chunk, boxed),
+                  out, *out.stride()[:3]]
         values += [q] * (call.want_lse + call.want_max_scores)  # stand for their pointers
         found = self._tables(call)
         if found is not None:
@@ -173,9 +190,22 @@ class _Forward:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of products of float32: what torch's own matrix products have."""
+    """Of products of float32: what torch's own large matrix products have."""
     highest = torch.get_float32_matmul_precision() == "highest"
     return "ieee" if dtype is torch.float32 and highest else "tf32"
+
+
+def is_rounded(tensor: Tensor) -> bool:
+    """Whether the kernel rounds to tf32: NVIDIA's tensor cores do not."""
+    return (tensor.is_cuda and torch.version.hip is None
+            and tensor.dtype is torch.float32 and precision(tensor.dtype) == "tf32")
+
+
+def is_boxed(*tensors: Tensor) -> bool:
+    """Whether the kernel reads these tensors by TMA."""
+    q = tensors[0]
+    return (has_tma(q.device) and all(map(takes, tensors))
+            and (q.element_size() == 2 or is_rounded(q)))
 
 
 def section(call: Call) -> int:

@@ -11,24 +11,21 @@ unordered reads are made of integers, in units so small that nothing is lost.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexattn.analysis import grad_reads
 from flexattn.compile_triton import Source, load
 from flexattn.kernels.triton_config import (
-    BackwardFacts,
     TritonConfig,
     backward_configs,
-    chunk_of,
     power_of_two,
 )
 from flexattn.runtime.call import Call, Gradients, Result
-from flexattn.runtime.gpu_driver import multiprocessors, shared_limit, target
+from flexattn.runtime.gpu_driver import shared_limit, target
 from flexattn.runtime.gpu_launch import (
     TYPES,
     Launch,
@@ -36,111 +33,58 @@ from flexattn.runtime.gpu_launch import (
     Refusal,
     function,
     stream_of,
+    tensor_values,
 )
 from flexattn.runtime.gpu_mods import ModCode, argument_values, mod_code
 from flexattn.runtime.gpu_tables import tables
 from flexattn.runtime.launch_triton import (
-    TABLE,
     TENSOR,
-    alignment,
-    is_aligned,
     precision,
     with_rows,
 )
+from flexattn.runtime.triton_backward_plan import Shape, parts, tiles_of
 
 _PREPARE_ROWS, _SCATTER_BLOCK = 32, 256
 _LARGEST_TILE = 128
 _INTEGER_BITS = 61  # of an exact sum
+_MOST_SPILLED = 128  # bytes of local memory a thread
+_INTERPRETED = TritonConfig(16, 16, 4, 1)
+_KERNELS = ("key_value_gradient", "query_gradient")
 
 
 def prepare(call: Call, result: Result, d_out: Tensor,
             d_lse: Tensor | None) -> PreparedBackward | Refusal:
-    """The backward with the first configs that fit."""
+    """The backward with, for each kernel, the first config that fits and hardly spills."""
     call = with_rows(call)
     where = target(call.query.device.index) if call.query.is_cuda else None
     code = mod_code(call, where.backend if where else "interpreter",  # type: ignore[arg-type]
                     with_gradient=True)
-    limit = shared_limit(call.query.device.index) if where else 0
-    too_large = []
-    for configs in _configs(call, where):
-        prepared = _Backward(call, result, d_out, d_lse, code, *configs)
-        sizes = [launch.binary.shared for launch in prepared.launches if launch.binary]
-        if max(sizes, default=0) <= limit:
-            return prepared
-        too_large.append(f"{configs}: {max(sizes)} bytes")
-    return Refusal("no tile fits the shared memory: " + ", ".join(too_large))
-
-
-def deterministic(call: Call) -> bool:
-    return bool(call.options.get("deterministic",
-                                 torch.are_deterministic_algorithms_enabled()))
-
-
-def _configs(call: Call, where: Any) -> Sequence[tuple[TritonConfig, TritonConfig]]:
+    shape = Shape(call, code, d_out)
     if where is None:
-        small = TritonConfig(16, 16, 4, 1)
-        return [(small, small)]
-    return backward_configs(where.backend, where.arch, call.query.shape[-1],
-                            call.value.shape[-1], call.query.element_size(),
-                            precision(call.query.dtype) == "ieee",
-                            call.block_mask is not None)
+        return _Backward(call, result, d_out, d_lse, shape, _INTERPRETED, _INTERPRETED)
+    q, v = call.query, call.value
+    choices = backward_configs(q.shape[-1], v.shape[-1], q.element_size(),
+                               precision(q.dtype) == "ieee", shape.boxed)
+    picked = [_picked(name, configs, call, shape)
+              for name, configs in zip(_KERNELS, choices, strict=True)]
+    for name, config in zip(_KERNELS, picked, strict=True):
+        if config is None:
+            return Refusal(f"no tile of {name} fits the shared memory")
+    return _Backward(call, result, d_out, d_lse, shape, *picked)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class BackwardPlan:
-    """One kernel of the backward, compiled without importing Triton unless it has to be."""
-
-    kernel: str
-    facts: BackwardFacts
-    code: ModCode
-    config: TritonConfig
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    aligned: bool
-
-    @property
-    def key(self) -> str:
-        return repr(("triton backward", self.kernel, self.facts, self.code.text, self.code.types,
-                     self.config, self.dtype, self.out_dtype, self.aligned))
-
-    def source(self) -> Source:
-        from flexattn.kernels import triton_backward
-
-        facts = self.facts
-        tensor, out = ((f"*{TYPES[t]}", *TENSOR) for t in (self.dtype, self.out_dtype))
-        total = "*i64" if facts.exact else "*fp32"
-        table = TABLE if facts.sparse else "constexpr"
-        signature: dict[str, Any] = {"q": tensor, "k": tensor, "v": tensor, "d_out": tensor,
-                                     "statistics": ("*fp32", "i64")}
-        if self.kernel == "key_value_gradient":
-            signature |= {"dk_out": out, "dv_out": out,
-                          "sums_out": ("*fp32",) * len(facts.col_sums),
-                          "peaks_out": "*i32" if facts.exact else "constexpr"}
-        else:
-            signature |= {"dq_out": out, "sums_out": ("*fp32",) * len(facts.row_sums),
-                          "scatter": ((total,) * len(facts.unordered),
-                                      "*fp64", "i64", "i64")}
-        signature |= {"full": table, "partial": table, "sizes": ("i32",) * 6,
-                      "blocks": ("i32",) * 2, "scale": "fp32", "args": self.code.argument_type(),
-                      "MODS": "constexpr", "F": "constexpr"}
-        constants = {"MODS": load(self.code.text), "F": facts, "full": None, "partial": None,
-                     "peaks_out": None}
-        constants = {k: v for k, v in constants.items() if signature.get(k) == "constexpr"}
-        aligned = alignment(range(4), self.dtype) if self.aligned else {}
-        return Source(getattr(triton_backward, self.kernel), signature, constants, aligned,
-                      {"num_warps": self.config.warps, "num_stages": self.config.stages})
-
-
-class _Reads:
-    """The reads of captured tensors whose gradients are wanted, by how they are summed."""
-
-    def __init__(self, code: ModCode) -> None:
-        self.loads = code.gradient.loads if code.gradient else ()
-        kinds = grad_reads.kinds(self.loads)
-        self.rows, self.columns, self.diagonals, self.scattered = (
-            tuple(i for i, kind in enumerate(kinds) if kind == wanted) for wanted in
-            (grad_reads.ROW, grad_reads.COLUMN, grad_reads.DIAGONAL, grad_reads.SCATTERED))
-        self.unordered = self.diagonals + self.scattered
+def _picked(name: str, configs: Sequence[TritonConfig], call: Call,
+            shape: Shape) -> TritonConfig | None:
+    device, fitting = call.query.device, []
+    for config in configs:
+        plan = shape.plan(name, config, call)
+        found = function(plan.key, device, plan.source)
+        assert found is not None
+        if found.binary.shared <= shared_limit(device.index):
+            if found.spilled_bytes <= _MOST_SPILLED or not shape.boxed:
+                return config
+            fitting.append((found.spilled_bytes, config))
+    return min(fitting, key=lambda item: item[0])[1] if fitting else None
 
 
 @dataclass
@@ -163,34 +107,32 @@ class _Backward:
     """A prepared backward."""
 
     def __init__(self, call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None,
-                 code: ModCode, kv_config: TritonConfig, q_config: TritonConfig) -> None:
-        q, k, v = call.query, call.key, call.value
-        self.code, self.kv_config, self.q_config = code, kv_config, q_config
-        self.exact, self.reads = deterministic(call), _Reads(code)
+                 shape: Shape, kv_config: TritonConfig, q_config: TritonConfig) -> None:
+        q, k = call.query, call.key
+        self.shape, self.kv_config, self.q_config = shape, kv_config, q_config
+        self.code, self.exact, self.reads = shape.code, shape.exact, shape.reads
         batch, heads, q_len, _ = q.shape
         self.lines, self.pairs = batch * heads, batch * heads * q_len * k.shape[2]
         self.q_length, self.kv_length = (-(-n // _LARGEST_TILE) * _LARGEST_TILE
                                          for n in (q_len, k.shape[2]))
         self.origin = self.kv_length + q_config.tile_kv
         self.diagonals = self.origin + self.q_length + 2 * q_config.tile_kv
-        self.parts = _parts(call, kv_config)
-        self.facts = BackwardFacts(
-            q.shape[-1], v.shape[-1], chunk_of(q.shape[-1]), chunk_of(v.shape[-1]), 0, 0,
-            call.block_mask is not None, precision(q.dtype), self.reads.rows, self.reads.columns,
-            self.reads.diagonals, self.reads.scattered,
-            self.exact and bool(self.reads.unordered))
-        self.aligned = is_aligned(q, k, v, d_out)
+        self.parts = parts(call, kv_config)
         memory = self._buffers(call)
         self._prepare = self._prepare_launch(call, result, d_out, d_lse, memory)
-        self._keys = self._kernel("key_value_gradient", kv_config, memory.dk.dtype, call,
+        self._keys = self._kernel(_KERNELS[0], kv_config, call,
                                   (-(-k.shape[2] // kv_config.tile_kv), k.shape[0] * k.shape[1],
                                    self.parts),
                                   self._key_values(call, d_out, memory))
-        self._queries = self._kernel("query_gradient", q_config, q.dtype, call,
+        self._queries = self._kernel(_KERNELS[1], q_config, call,
                                      (-(-q_len // q_config.tile_q), self.lines, 1),
                                      self._query_values(call, d_out, memory))
         self._scatters = {i: self._scatter_launch(call, memory, i)
                           for i in range(len(self.reads.loads)) if i not in self.reads.scattered}
+
+    @property
+    def exact_sums(self) -> bool:
+        return self.exact and bool(self.reads.unordered)
 
     @property
     def launches(self) -> list[Launch]:
@@ -201,7 +143,7 @@ class _Backward:
         memory, stream = self._buffers(call), stream_of(call.query)
         self._prepare.fresh(_prepare_values(call, result, d_out, d_lse, memory), stream)
         self._keys.fresh(self._key_values(call, d_out, memory), stream)
-        if self.facts.exact:
+        if self.exact_sums:
             memory.units = self._units(memory.peaks.view(torch.float32))
         self._queries.fresh(self._query_values(call, d_out, memory), stream)
         for i, launch in self._scatters.items():
@@ -239,15 +181,15 @@ class _Backward:
     # The kernels' arguments, in their order
 
     def _key_values(self, call: Call, d_out: Tensor, memory: _Buffers) -> list[Any]:
-        values = self._inputs(call, d_out, memory)
+        values = self._inputs(call, d_out, memory, self.kv_config)
         for t in (memory.dk, memory.dv):
             values += [t, *t.stride()[:3]]
         values += [memory.sums[i] for i in self.reads.columns]
-        values += [memory.peaks] * self.facts.exact
+        values += [memory.peaks] * self.exact_sums
         return values + self._rest(call, self.kv_config, by_columns=True)
 
     def _query_values(self, call: Call, d_out: Tensor, memory: _Buffers) -> list[Any]:
-        values = self._inputs(call, d_out, memory)
+        values = self._inputs(call, d_out, memory, self.q_config)
         values += [memory.dq, *memory.dq.stride()[:3]]
         values += [memory.sums[i] for i in self.reads.rows]
         values += [memory.sums[i] for i in self.reads.diagonals]
@@ -255,10 +197,12 @@ class _Backward:
         values += [memory.units, self.diagonals, self.origin]
         return values + self._rest(call, self.q_config, by_columns=False)
 
-    def _inputs(self, call: Call, d_out: Tensor, memory: _Buffers) -> list[Any]:
+    def _inputs(self, call: Call, d_out: Tensor, memory: _Buffers,
+                config: TritonConfig) -> list[Any]:
+        tensors = (call.query, call.key, call.value, d_out)
         values: list[Any] = []
-        for t in (call.query, call.key, call.value, d_out):
-            values += [t, *t.stride()[:3]]
+        for t, tile in zip(tensors, tiles_of(self.shape.facts(config)), strict=True):
+            values += tensor_values(t, *tile, self.shape.boxed)
         return [*values, memory.statistics, memory.statistics.stride(0)]
 
     def _rest(self, call: Call, config: TritonConfig, by_columns: bool) -> list[Any]:
@@ -271,11 +215,9 @@ class _Backward:
 
     # Launches
 
-    def _kernel(self, name: str, config: TritonConfig, out_dtype: torch.dtype, call: Call,
-                grid: tuple[int, int, int], values: list[Any]) -> Launch:
-        facts = replace(self.facts, tile_q=config.tile_q, tile_kv=config.tile_kv)
-        plan = BackwardPlan(name, facts, self.code, config, call.query.dtype, out_dtype,
-                            self.aligned)
+    def _kernel(self, name: str, config: TritonConfig, call: Call, grid: tuple[int, int, int],
+                values: list[Any]) -> Launch:
+        plan = self.shape.plan(name, config, call)
         return Launch(function(plan.key, call.query.device, plan.source), plan.source, grid,
                       values)
 
@@ -346,15 +288,6 @@ class _Backward:
 @cache
 def one(device: torch.device) -> Tensor:
     return torch.ones(1, dtype=torch.float64, device=device)
-
-
-def _parts(call: Call, config: TritonConfig) -> int:
-    """How many programs share the query heads (and sequences) of a tile of keys."""
-    q, k = call.query, call.key
-    sharers = q.shape[1] // k.shape[1] * (q.shape[0] // k.shape[0])
-    programs = -(-k.shape[2] // config.tile_kv) * k.shape[0] * k.shape[1]
-    wanted = 2 * multiprocessors(q.device.index) if q.is_cuda else 1
-    return max(1, min(sharers, wanted // programs))
 
 
 def _prepare_values(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None,

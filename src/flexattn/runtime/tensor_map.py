@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexattn.runtime.gpu_driver import driver
+from flexattn.runtime.gpu_driver import driver, target
 
 _BYTES = 128
-_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CUtensorMapDataType
+# CUtensorMapDataType; float32 is rounded to tf32 on its way
+_TYPES = {torch.float16: 6, torch.bfloat16: 9, torch.float32: 11}
 _SWIZZLES = {32: 1, 64: 2, 128: 3}  # by the bytes of a box's row
 _L2_PROMOTION_128 = 2
 _MOST_ADDRESSES = 64
@@ -62,6 +63,12 @@ class TensorMap:
                          self._box, self._steps, 0, self._swizzle, _L2_PROMOTION_128, 0)
         driver().check(code, "encoding a TMA descriptor")
         return space.raw[skip:skip + _BYTES]
+
+
+def has_tma(device: torch.device) -> bool:
+    """Hopper and what came after it."""
+    found = target(device.index) if device.type == "cuda" else None
+    return found is not None and isinstance(found.arch, int) and found.arch >= 90
 
 
 def takes(tensor: Tensor) -> bool:
