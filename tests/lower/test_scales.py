@@ -76,9 +76,10 @@ def random_mod(rng):
     a, b, c, d = (repr(rng.choice([-1, 1]) * rng.uniform(0.1, 30)) for _ in range(4))
     x = rng.choice([f"score * {a} / {b}", f"score / {a}"])
     y = f"torch.tanh({x}) * {c}"
-    return eval("lambda score, b, h, q_idx, kv_idx: " + rng.choice(
+    text = "lambda score, b, h, q_idx, kv_idx: " + rng.choice(
         [f"{y} * {d} * (({x}) / {c})", f"-{y} / {d} * torch.exp(-({x}) * ({x})) * {a}",
-         f"{y} * 2 + score", f"{y} * {b}"]), {"torch": torch})
+         f"{y} * 2 + score", f"{y} * {b}"])
+    return eval(compile(text, f"<{text}>", "eval"), {"torch": torch})
 
 
 @pytest.mark.parametrize("number", range(60))
