@@ -8,8 +8,18 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flexattn
-from flexattn import AuxRequest, BlockMask, create_block_mask, flex_attention, masks, mods
+from flexattn import (
+    AuxRequest,
+    BlockMask,
+    create_block_mask,
+    dynamo,
+    flex_attention,
+    masks,
+    mods,
+)
 from flexattn import compile as native
+from flexattn.runtime import cpu_call
+from flexattn.trace.written import bind, write
 
 
 @pytest.fixture(autouse=True)
@@ -172,31 +182,74 @@ class Model(nn.Module):
         return x
 
 
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels that were asked for so far; what was asked for before the test counts again."""
+    found, library = {}, native.library
+    monkeypatch.setattr(native, "library",
+                        lambda key, *rest: found.setdefault(key) or library(key, *rest))
+    monkeypatch.setattr(cpu_call, "_plans", {})
+    return found
+
+
 @pytest.mark.parametrize("inside", [True, False], ids=["mask inside", "mask outside"])
-def test_fifty_steps(inside, monkeypatch):
-    """Changing lengths and a changing captured number: two compiles, no kernel after the second."""
+def test_fifty_steps(inside, kernels):
+    """Changing lengths and a changing captured number: two compiles, no kernel after the first
+    step."""
     model, twin = Model(), Model()
     twin.load_state_dict(model.state_dict())
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    built = []
-    original = native.compile_object
-    monkeypatch.setattr(native, "compile_object", lambda *a: built.append(0) or original(*a))
-    kernels = []
+    found = []
     for step in range(50):
         length = 20 + (step * 7) % 41
         model.temperature = twin.temperature = 0.5 + 0.013 * step
         x = torch.randn(2, length, 32)
         mask = None if inside else create_block_mask(masks.causal, None, None, length, length,
                                                      BLOCK_SIZE=16)
-        got, expected = compiled(x, mask), twin(x, mask)
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+        got = compiled(x, mask)
         got.square().mean().backward()
-        kernels.append(len(built))
-    expected.square().mean().backward()
+        found.append(set(kernels))
+    expected = twin(x, mask)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
     assert counter.frame_count <= 2
-    assert kernels[-1] == kernels[1]
+    assert found[0] and found[-1] == found[0]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+class Windows(nn.Module):
+    """Whole numbers and reals: of the module, of a closure, of a default, computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.window, self.cap, self.rate = 3, 5.0, 2.0
+
+    def forward(self, q, shift, gain):
+        def mask_mod(b, h, i, j):
+            return (i >= j) & (i - j <= self.window) & (j.float() < gain * 100)
+
+        def score_mod(s, b, h, i, j, cap=self.cap):
+            return cap * torch.tanh((s + (i - j + shift) * 0.01) / cap) * (1 / self.rate)
+
+        mask = create_block_mask(mask_mod, None, None, q.shape[2], q.shape[2], BLOCK_SIZE=16)
+        return flex_attention(q, q, q, score_mod, mask)
+
+
+def test_every_kind_of_captured_number_varies_without_a_compile(kernels):
+    model = Windows()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    found, eager = [], set()
+    for step in range(12):
+        model.window, model.cap, model.rate = 3 + step, 5.0 + step, 2.0 + 0.5 * step
+        q = torch.randn(1, 1, 40 + step, 16)
+        got = compiled(q, 2 + step, 0.2 + 0.01 * step)
+        found.append(set(kernels) - eager)
+        before = set(kernels)
+        torch.testing.assert_close(got, model(q, 2 + step, 0.2 + 0.01 * step))
+        eager |= set(kernels) - before
+    assert counter.frame_count <= 2
+    assert found[0] and found[-1] == found[0]
 
 
 def test_gradients_of_a_model():
@@ -212,24 +265,39 @@ def test_gradients_of_a_model():
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_graph_made_for_any_size_has_its_numbers_from_the_first_call_on(monkeypatch):
-    built = []
-    original = native.compile_object
-    monkeypatch.setattr(native, "compile_object", lambda *a: built.append(0) or original(*a))
-    counter = CompileCounterWithBackend("aot_eager")
-    made = []
+def test_numbers_that_stand_in_the_code_are_constants_of_the_kernel():
+    """What is written out is folded; what is captured is not, nor what is computed of it."""
+    factor = 0.25
 
-    def attend(q, factor):
-        return flex_attention(q, q, q, lambda s, b, h, i, j: s * factor + 0.0312)
+    def mod(s, b, h, i, j):
+        return s * factor * 2.0 + (i % 3) * 0.5 + (i - j) * (factor * 3)
 
-    compiled = torch.compile(attend, backend=counter, fullgraph=True, dynamic=True)
-    for length, factor in ((8, 0.5), (11, 0.75), (17, 1.5)):
-        q = torch.randn(1, 1, length, 16)
-        compiled(q, factor)
-        made.append(len(built))
-        torch.testing.assert_close(compiled(q, factor), attend(q, factor), rtol=1e-6, atol=1e-6)
-    assert counter.frame_count == 1 and made[0] == 1
-    assert made[-1] <= 2  # one more where eager had its first value as a constant
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamo, "write", lambda *a: found.append(write(*a)) or found[-1])
+        q = torch.randn(1, 1, 20, 16)
+        compiled = torch.compile(flex_attention, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(q, q, q, mod), flex_attention(q, q, q, mod))
+    assert found[0].reals == (0.25, 0.75) and found[0].whole == ()
+    graph = bind(found[0].text, [torch.tensor(n, dtype=torch.float64) for n in (0.25, 0.75)],
+                 ()).graph
+    assert {n.attr for n in graph.nodes if n.is_const} == {2.0, 3, 0.5}
+
+
+def test_exponents_and_divisors_of_integers_stay_known():
+    """They make the code what it is: torch takes 2 for a product, a known divisor is one, too."""
+    power, size, big = 2.0, 7, 1e30
+
+    def mod(s, b, h, i, j):
+        return s.abs() ** power + i // size + (j % size) + torch.where(i > j, s, -torch.inf) * big
+
+    compiled = torch.compile(flex_attention, backend="aot_eager", fullgraph=True)
+    q = torch.randn(1, 1, 20, 16)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamo, "write", lambda *a: found.append(write(*a)) or found[-1])
+        compiled(q, q, q, mod)
+    assert found[0].reals == (1e30,) and found[0].whole == ()
 
 
 def test_whole_numbers_that_vary():

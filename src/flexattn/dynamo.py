@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from flexattn.errors import FlexAttnError
 from flexattn.trace import Trace, trace_mask_mod, trace_score_mod
 from flexattn.trace.proxy import contains_proxy, index
 from flexattn.trace.tracer import untraced
-from flexattn.trace.written import Written, write
+from flexattn.trace.written import NOTHING, Written, write
 
 _NAME = "flexattn_with_mods"
 
@@ -54,14 +55,14 @@ class _WithMods(HigherOrderOperator):
                  mask_mod: Callable | None, *args: Any) -> Any:
         """Without Dynamo (fake tensors, dispatch modes, export, after a graph break): the same
         operator, traced here."""
-        nothing = Written("", (), (), ())
-        score = nothing if score_mod is None else write(
+        score = NOTHING if score_mod is None else write(
             trace_score_mod(score_mod, dtype, like.device))
-        mask = nothing if mask_mod is None else write(trace_mask_mod(mask_mod, like.device))
-        reals = [torch.scalar_tensor(n, dtype=torch.float64) for n in (*score.reals, *mask.reals)]
+        mask = NOTHING if mask_mod is None else write(trace_mask_mod(mask_mod, like.device))
+        captures = [[*mod.captures, *(torch.scalar_tensor(n, dtype=torch.float64,
+                                                          device=like.device) for n in mod.reals)]
+                    for mod in (score, mask)]
         return getattr(torch.ops.flexattn, name)(
-            *args, score.text, mask.text, list(score.captures), list(mask.captures),
-            [*score.whole, *mask.whole], reals)
+            *args, score.text, mask.text, *captures, [*score.whole, *mask.whole])
 
 
 with_mods = _WithMods()
@@ -90,8 +91,8 @@ def _variable_class() -> type:
             except FlexAttnError as error:  # the eager call after the graph break raises it
                 unimplemented(gb_type="flexattn cannot trace a mod", context=name.value,
                               explanation=str(error), hints=[])
-            mods = (score.text, mask.text, [*score.captures], [*mask.captures],
-                    [*score.whole, *mask.whole], [*score.reals, *mask.reals])
+            mods = (score.text, mask.text, [*score.captures, *score.reals],
+                    [*mask.captures, *mask.reals], [*score.whole, *mask.whole])
             proxy = tx.output.create_proxy(
                 "call_function", getattr(torch.ops.flexattn, name.as_python_constant()).default,
                 (*(arg.as_proxy() for arg in rest), *mods), {})
@@ -104,16 +105,38 @@ def _written(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | N
              role: str) -> Written:
     """The mod as text; captures and numbers as proxies of the caller's graph."""
     if mod.is_python_constant() and mod.as_python_constant() is None:
-        return Written("", (), (), ())
+        return NOTHING
+    read = tx.output.tracing_context.traced_code
+    before = len(read)
     graph, outer = _speculate(variable, tx, like, mod, dtype, role)
-    body = _Body(tx, graph, outer)
     device = like.as_proxy().node.meta["example_value"].device
+    body = _Body(tx, graph, outer, device)
     trace: Trace = (trace_mask_mod(body.run, device) if dtype is None
                     else trace_score_mod(body.run, dtype, device))
-    found = write(trace)
-    reals = tuple(map(body.real, found.reals))
+    written_out = set(map(repr, _constants(read[before:])))
+    captured = {repr(n) for n in _numbers(graph)} - written_out
+    found = write(trace, lambda number: repr(number) in captured)
     return Written(found.text, tuple(map(body.outer, found.captures)),
-                   tuple(map(body.outer, found.whole)), reals)
+                   tuple(map(body.scalar, found.reals)), tuple(map(body.whole, found.whole)))
+
+
+def _constants(values: Iterable[Any]) -> Iterator[Any]:
+    """What stands in code itself; all other numbers that a mod reads may differ the next time."""
+    for value in values:
+        if isinstance(value, CodeType):
+            yield from _constants(value.co_consts)
+        elif isinstance(value, (tuple, frozenset)):
+            yield from _constants(value)
+        else:
+            yield value
+
+
+def _numbers(graph: fx.Graph) -> list[int | float]:
+    found: list[Any] = []
+    for node in graph.nodes:
+        fx.node.map_aggregate((node.args, node.kwargs), lambda value: found.append(value)
+                         if type(value) in (int, float) else None)
+    return found
 
 
 def _speculate(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | None,
@@ -129,7 +152,8 @@ def _speculate(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype |
     with discard_graph_changes(tx):
         scalars = [] if dtype is None else [scalar(dtype)]
         scalars += [scalar(torch.int64) for _ in range(4)]
-    with _IndexByScalars():
+    # A whole number on a module is one captured value among others, not what makes its graph.
+    with _IndexByScalars(), torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
         _, graph, lifted = speculate_subgraph(
             tx, mod, scalars, {}, description=f"flexattn: {role}", source_target=variable.value,
             set_subgraph_inputs="flatten_manual")
@@ -174,8 +198,9 @@ class _Body:
     """Runs Dynamo's graph of a mod on the tracer's proxies. Values that depend on none of them
     keep Dynamo's fake value, by which their proxy in the caller's graph is found again."""
 
-    def __init__(self, tx: Any, graph: fx.Graph, outer: dict[fx.Node, fx.Proxy]) -> None:
-        self._tx, self._graph, self._outer = tx, graph, outer
+    def __init__(self, tx: Any, graph: fx.Graph, outer: dict[fx.Node, fx.Proxy],
+                 device: torch.device) -> None:
+        self._tx, self._graph, self._outer, self._device = tx, graph, outer, device
         self._nodes: dict[int, fx.Node] = {}  # id of a fake value -> the node it is of
         self._kept: list[Any] = []
 
@@ -218,12 +243,22 @@ class _Body:
         """The caller's proxy of a fake value; nodes of the mod it needs are added there."""
         return self._lift(self._nodes[id(value)])
 
-    def real(self, value: Any) -> fx.Proxy:
-        """The caller's proxy of a symbolic float as a float64 scalar on the CPU, by an operation
-        that compilers know to do on tensors: a graph that used the number would hold for one
-        value only."""
-        one = self._create("call_function", torch.ones, ((),), {"dtype": torch.float64})
-        return self._create("call_function", torch.mul, (one, self.outer(value)), {})
+    def whole(self, value: Any) -> Any:
+        return value if isinstance(value, int) else self.outer(value)
+
+    def scalar(self, value: Any) -> fx.Proxy:
+        """A real number as a float64 scalar on the mod's device, in the caller's graph. A symbolic
+        one becomes a tensor by an operation that compilers know to do on tensors (a graph that
+        used the number would hold for one value only), and moves without anybody waiting."""
+        kinds = {"dtype": torch.float64}
+        if not isinstance(value, torch.SymFloat):
+            return self._create("call_function", torch.full, ((), value),
+                                {**kinds, "device": self._device})
+        one = self._create("call_function", torch.ones, ((),), kinds)
+        made = self._create("call_function", torch.mul, (one, self.outer(value)), {})
+        if self._device.type == "cpu":
+            return made
+        return self._create("call_method", "to", (made, self._device), {"non_blocking": True})
 
     def _lift(self, node: fx.Node) -> fx.Proxy:
         if node not in self._outer:

@@ -15,7 +15,7 @@ from torch.utils import checkpoint
 
 from flexattn import AuxRequest, create_block_mask, flex_attention, masks
 from flexattn.trace import specialize, trace_mask_mod, trace_score_mod
-from flexattn.trace.written import bind, counts, needs_gradient, reads, write
+from flexattn.trace.written import bind, count_whole, needs_gradient, reads, write
 
 ATTENTION = torch.ops.flexattn.attention.default
 BACKWARD = torch.ops.flexattn.attention_backward.default
@@ -38,7 +38,7 @@ def arguments(length=12, dtype=torch.float32, grad=True, mod=None, mask=None):
         of_mask = write(trace_mask_mod(mask))
     return (q, k, v, runs, sizes, 0.25, True, score.text if score else "",
             of_mask.text if of_mask else "", list(score.captures) if score else [],
-            list(of_mask.captures) if of_mask else [], [], [])
+            list(of_mask.captures) if of_mask else [], [])
 
 
 bias = torch.randn(3, 40, requires_grad=True)
@@ -69,7 +69,7 @@ def test_opcheck_of_backward():
 def test_opcheck_of_block_runs():
     text = write(trace_mask_mod(lambda b, h, q, k: k <= limits[q])).text
     torch.library.opcheck(torch.ops.flexattn.block_runs.default, (
-        1, 1, 12, 12, 4, 4, True, torch.device("cpu"), "", text, [], [limits], [], []))
+        1, 1, 12, 12, 4, 4, True, torch.device("cpu"), "", text, [], [limits], []))
 
 
 def test_fake_tensors():
@@ -94,9 +94,9 @@ def test_text_is_the_mod():
     for mod in mods:
         trace = trace_score_mod(mod)
         found = write(trace)
-        again = bind(found.text, found.captures, (), ())
+        again = bind(found.text, found.captures, ())
         assert again.graph is specialize(trace).graph
-        assert counts(found.text) == (len(trace.captures), 0, 0)
+        assert found.captures == trace.captures and not found.reals and not found.whole
     assert needs_gradient(written(mods[0]).text) == (True,)
     assert reads(written(mods[0]).text, "h") and not reads(written(mods[0]).text, "b")
     assert set(inputs) == {"b", "h", "q_idx", "kv_idx"}
@@ -114,7 +114,7 @@ def test_text_is_the_same_in_every_process():
 
 
 def test_no_text_is_no_mod():
-    assert bind("", (), (), ()) is None and counts("") == (0, 0, 0) and needs_gradient("") == ()
+    assert bind("", (), ()) is None and count_whole("") == 0 and needs_gradient("") == ()
 
 
 # Eager around us

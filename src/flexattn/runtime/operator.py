@@ -19,10 +19,9 @@ from flexattn.analysis.runs import RunTable, all_partial, broadcast_rows
 from flexattn.block_mask import BlockMask
 from flexattn.runtime.autograd import kernels
 from flexattn.runtime.call import Call, Result, like_query
-from flexattn.trace.written import Replayed, bind, counts, needs_gradient, reads
+from flexattn.trace.written import Replayed, bind, count_whole, needs_gradient, reads
 
-_MODS = ("str score, str mask, Tensor[] score_captures, Tensor[] mask_captures, SymInt[] whole, "
-         "Tensor[] reals")
+_MODS = "str score, str mask, Tensor[] score_captures, Tensor[] mask_captures, SymInt[] whole"
 _INPUTS = ("Tensor query, Tensor key, Tensor value, Tensor[] runs, SymInt[] sizes, float scale, "
            f"bool want_max_scores, {_MODS}")
 _library = torch.library.Library("flexattn", "DEF")
@@ -40,14 +39,12 @@ _library.define("block_runs(SymInt batch, SymInt heads, SymInt q_len, SymInt kv_
 
 def _call(query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Tensor], sizes: Sequence[int],
           scale: float, want_max_scores: bool, score: str, mask: str,
-          score_captures: Sequence[Tensor], mask_captures: Sequence[Tensor], whole: Sequence[int],
-          reals: Sequence[Tensor]) -> Call:
+          score_captures: Sequence[Tensor], mask_captures: Sequence[Tensor], whole: Sequence[int]
+          ) -> Call:
     """The arguments of the operator as a call."""
-    _, whole_split, real_split = counts(score)
-    numbers = [float(t) for t in reals]
-    of_mask = (mask, mask_captures, whole[whole_split:], numbers[real_split:])
-    return Call(query, key, value, scale,
-                bind(score, score_captures, whole[:whole_split], numbers[:real_split]),
+    split = count_whole(score)
+    of_mask = (mask, mask_captures, whole[split:])
+    return Call(query, key, value, scale, bind(score, score_captures, whole[:split]),
                 bind(*of_mask), _block_mask(runs, sizes, of_mask) if runs else None,
                 True, want_max_scores)
 
@@ -104,26 +101,26 @@ def _backward_fake(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
-    tensors = (*inputs[:3], *inputs[3], *inputs[9], *inputs[10], *inputs[12])
-    ctx.lengths = [len(inputs[i]) for i in (3, 9, 10, 12)]
+    tensors = (*inputs[:3], *inputs[3], *inputs[9], *inputs[10])
+    ctx.lengths = [len(inputs[i]) for i in (3, 9, 10)]
     ctx.plain = (inputs[4:9], inputs[11])
     ctx.save_for_backward(output[0], output[1], *tensors)
 
 
 def _autograd(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: Any) -> tuple:
     out, lse, query, key, value, *rest = ctx.saved_tensors
-    runs, score_captures, mask_captures, reals = _split(rest, ctx.lengths)
+    runs, score_captures, mask_captures = _split(rest, ctx.lengths)
     head, whole = ctx.plain
     d_out = torch.zeros_like(out) if d_out is None else d_out
     d_query, d_key, d_value, *found = torch.ops.flexattn.attention_backward(
         d_out, d_lse, out, lse, query, key, value, runs, *head, score_captures, mask_captures,
-        whole, reals)
+        whole)
     given = iter(found)
     captures = [next(given) if needed else None for needed in needs_gradient(head[3])]
     sizes = head[0]
     return (d_query, d_key, d_value, [None] * len(runs), None if sizes else [], None, None, None,
-            None, captures, [None] * len(mask_captures), None if whole else [],
-            [None] * len(reals))  # torch takes an empty list for one of tensors
+            None, captures, [None] * len(mask_captures),
+            None if whole else [])  # torch takes an empty list for one of tensors
 
 
 def _split(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
@@ -137,8 +134,8 @@ def _split(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tenso
 def _block_runs(batch: int, heads: int, q_len: int, kv_len: int, q_block: int, kv_block: int,
                 separate_full_blocks: bool, device: torch.device, score: str, mask: str,
                 score_captures: Sequence[Tensor], mask_captures: Sequence[Tensor],
-                whole: Sequence[int], reals: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    mod = bind(mask, mask_captures, whole, [float(t) for t in reals])
+                whole: Sequence[int]) -> tuple[Tensor, ...]:
+    mod = bind(mask, mask_captures, whole)
     assert mod is not None
     table = mask_runs(mod, grid_of(mod, batch, heads, q_len, kv_len, q_block, kv_block), device)
     if not separate_full_blocks:
