@@ -128,6 +128,26 @@ def test_create_block_mask_itself(name):
                            flex_attention(q, q, q, block_mask=expected))
 
 
+@pytest.mark.parametrize("name", ["causal", "documents", "window"])
+def test_a_block_mask_with_room_has_no_unknown_size(name):
+    """Made and used in one graph, in which every size is known."""
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes.extend(n for node in graph.graph.nodes
+                     for n in getattr(node.meta.get("example_value"), "shape", ()))
+        return graph
+
+    def step(q, k, v):
+        mask = create_block_mask(MASKS[name], None, None, q.shape[2], k.shape[2], BLOCK_SIZE=16,
+                                 max_runs=20)
+        return flex_attention(q, k, v, block_mask=mask)
+
+    q, k, v = tensors()
+    same(torch.compile(step, backend=backend, fullgraph=True), step, (q, k, v), q, k, v)
+    assert not any("u" in str(n) for n in sizes)
+
+
 def test_statistics_scale_and_grouped_heads():
     q, k, v = tensors(kv_heads=2)
 

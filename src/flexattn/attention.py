@@ -135,8 +135,9 @@ def _by_operator(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable 
     sizes: list[int] = []
     mask_mod = None
     if block_mask is not None:
-        table, mask_mod = block_mask.rows(), block_mask.element_mod()
+        table, mask_mod = block_mask.table, block_mask.element_mod()
         runs = [table.offsets, table.start, table.end, table.full]
+        runs += [] if table.runs is None else [table.runs]
         sizes = [table.batch, table.heads, table.row_block, table.col_block, *block_mask.shape]
     out, lse, top = with_mods("attention", query, score_dtype(query), score_mod, mask_mod, query,
                               key, value, runs, sizes, scale, aux.max_scores)

@@ -7,9 +7,10 @@ import random
 import pytest
 import torch
 
-from flexattn import create_block_mask, masks
+from flexattn import create_block_mask, flex_attention, masks
 from flexattn.analysis.block_sparsity import grid_of, kinds_of_runs, mask_sparsity
-from flexattn.runtime import launch_block_mask
+from flexattn.errors import ArgumentError
+from flexattn.runtime import gpu_tables, launch_block_mask
 from flexattn.trace import specialize, trace_mask_mod
 from tests.analysis.library import LIBRARY
 from tests.analysis.random_masks import RandomMask
@@ -72,6 +73,76 @@ def test_the_kernel_serves_from_the_second_mask_on():
     assert "next mask" in first
     for name in ("offsets", "start", "end", "full"):
         assert torch.equal(getattr(second, name), getattr(wanted, name))
+
+
+def with_room(ids, room=3000):
+    return create_block_mask(masks.causal_document(ids), None, None, len(ids), len(ids), GPU,
+                             max_runs=room)
+
+
+@pytest.fixture
+def no_waits():
+    """Whatever waits for the device is an error."""
+    def start():
+        torch.cuda.set_sync_debug_mode("error")
+
+    yield start
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_bound_needs_no_wait(dtype, no_waits):
+    ids = (torch.arange(1 << 14, device=GPU) // 700).to(dtype)
+    with_room(ids)  # the first one compiles
+    no_waits()
+    mask = with_room(ids)
+    turned = mask.kernel_runs(128, 64, by_columns=True)
+    tables = [gpu_tables.tables(mask, 64, 64, by_columns) for by_columns in (False, True)]
+    torch.cuda.set_sync_debug_mode("default")
+    wanted = create_block_mask(masks.causal_document(ids), None, None, 1 << 14, 1 << 14, GPU)
+    expected = [gpu_tables.tables(wanted, 64, 64, by_columns) for by_columns in (False, True)]
+    for found, exact in ((mask.rows(), wanted.rows()),
+                         (turned.exact(), wanted.regrid(128, 64).columns())):
+        for name in ("offsets", "start", "end", "full"):
+            assert torch.equal(getattr(found, name), getattr(exact, name))
+    for found, exact in zip(tables, expected, strict=True):
+        assert torch.equal(found.full[0], exact.full[0])
+        assert torch.equal(found.partial[0], exact.partial[0])
+
+
+def test_too_many_runs_are_an_error_of_a_later_call():
+    ids = torch.arange(1 << 14, device=GPU) // 700
+    short = with_room(ids, 100)
+    torch.cuda.synchronize()
+    with pytest.raises(ArgumentError, match="room for"):
+        with_room(ids)
+    with pytest.raises(ArgumentError, match="room for"):
+        short.rows()
+
+
+def test_in_a_cuda_graph():
+    """Mask and attention of documents that change between replays."""
+    ids = torch.arange(2048, device=GPU) // 300
+    q, k, v = (torch.randn(1, 2, 2048, 64, device=GPU, dtype=torch.float16) for _ in range(3))
+
+    def step():
+        return flex_attention(q, k, v, block_mask=with_room(ids))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for size in (300, 77, 1000):
+        ids.copy_(torch.arange(2048, device=GPU) // size)
+        graph.replay()
+        wanted = flex_attention(q, k, v, block_mask=create_block_mask(
+            masks.causal_document(ids.clone()), None, None, 2048, 2048, GPU))
+        torch.testing.assert_close(out, wanted, rtol=2e-3, atol=2e-3)
 
 
 def test_moves_there_and_back():

@@ -9,15 +9,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexattn import masks
+from flexattn import AuxRequest, create_block_mask, masks
+from flexattn.analysis import block_sparsity
 from flexattn.analysis.block_sparsity import grid_of, mask_sparsity
 from flexattn.analysis.runs import all_partial, kinds_of_runs, transposed
 from flexattn.errors import ArgumentError
-from flexattn.runtime import gpu_launch, launch_block_mask
+from flexattn.reference import attention
+from flexattn.runtime import gpu_launch, gpu_tables, launch_block_mask, launch_gpu
 from flexattn.trace import specialize, trace_mask_mod
 from tests.analysis.library import LIBRARY
 from tests.analysis.random_masks import RandomMask
 from tests.analysis.test_block_sparsity import brute_force
+from tests.interpreter.attend import gradients, make_call, tensors
 
 CPU = torch.device("cpu")
 BLOCKS = (16, 32, 48, 100, 128)
@@ -159,9 +162,59 @@ def test_too_many_runs_are_reported():
     found = launch_block_mask.runs(mod, grid, CPU, 7)
     wanted = launch_block_mask.runs(mod, grid, CPU)
     assert torch.equal(found.offsets, wanted.offsets.clamp(max=7))
-    with pytest.raises(ArgumentError, match=f"max_runs >= {len(wanted.start)}"):
+    with pytest.raises(ArgumentError, match=f"room for {len(wanted.start)} runs"):
         launch_block_mask.check(CPU)
     launch_block_mask.check(CPU)
+    with pytest.raises(ArgumentError, match=f"room for {len(wanted.start)} runs"):
+        found.exact()
+
+
+@pytest.fixture
+def solved_here(monkeypatch):
+    """The CPU makes masks as a GPU does."""
+    monkeypatch.setitem(block_sparsity.SOLVERS, "cpu", lambda: launch_block_mask)
+
+
+def made(ids, **options):
+    return create_block_mask(masks.causal_document(ids), None, None, len(ids), len(ids),
+                             BLOCK_SIZE=32, **options)
+
+
+def test_attention_of_a_mask_with_room(solved_here, kernels):
+    """Mask, tables, forward and backward, without a word to the host."""
+    ids = torch.arange(90) // 40
+    q, k, v = tensors(1, 1, 2, 90, 90, (16, 16))
+    wanted = gradients(q, k, v, None, masks.causal_document(ids), (), torch.ones_like(q), None)
+    mask = made(ids, max_runs=40)
+    call = make_call(q, k, v, None, mask, None, AuxRequest(True, True), {})
+    with Counted(may_wait=False):
+        mask.kernel_runs(16, 16), mask.kernel_runs(16, 16, by_columns=True)
+        gpu_tables.tables(mask, 16, 16), gpu_tables.tables(mask, 16, 16, by_columns=True)
+    result = launch_gpu.forward(call)
+    out, lse, _ = attention(q, k, v, None, masks.causal_document(ids), None, torch.float64)
+    torch.testing.assert_close(result.out.double(), out, rtol=2e-5, atol=2e-5)
+    found = launch_gpu.backward(call, result, torch.ones_like(q), None)
+    for x, y in zip((found.query, found.key, found.value), wanted, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_public_masks(solved_here):
+    ids = torch.arange(200) // 70
+    mask, wanted = made(ids, max_runs=60), create_block_mask(
+        masks.causal_document(ids), None, None, 200, 200, device="cpu", BLOCK_SIZE=32)
+    assert equal(mask.rows(), wanted.rows()) and equal(mask.columns(), wanted.columns())
+    assert "by one kernel" in str(mask.explain())
+    reals = torch.randn(200)
+    with pytest.raises(ArgumentError, match="floating point"):
+        create_block_mask(lambda b, h, q, k: reals[q] < reals[k], None, None, 200, 200,
+                          max_runs=60)
+    assert "step by step: floating point" in str(create_block_mask(
+        lambda b, h, q, k: reals[q] < reals[k], None, None, 200, 200).explain())
+    short = made(ids, max_runs=3)
+    with pytest.raises(ArgumentError, match="more runs than"):
+        made(ids, max_runs=60)
+    with pytest.raises(ArgumentError, match="more runs than"):
+        short.rows()
 
 
 def test_what_has_no_form_is_refused(seed):

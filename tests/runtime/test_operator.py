@@ -68,8 +68,9 @@ def test_opcheck_of_backward():
 
 def test_opcheck_of_block_runs():
     text = write(trace_mask_mod(lambda b, h, q, k: k <= limits[q])).text
-    torch.library.opcheck(torch.ops.flexattn.block_runs.default, (
-        1, 1, 12, 12, 4, 4, True, torch.device("cpu"), "", text, [], [limits], []))
+    for max_runs in (-1, 30):
+        torch.library.opcheck(torch.ops.flexattn.block_runs.default, (
+            1, 1, 12, 12, 4, 4, True, max_runs, torch.device("cpu"), "", text, [], [limits], []))
 
 
 def test_fake_tensors():

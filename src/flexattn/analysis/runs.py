@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flexattn.errors import ArgumentError, message
+
 EMPTY, PARTIAL, FULL = range(3)
 
 
@@ -22,7 +24,9 @@ class RunTable:
     offsets int32 [batch * heads * num_rows + 1]: the runs of row (b, h, r) are offsets[i] to
     offsets[i + 1]; start, end int32 [runs]: blocks [start, end) along the other axis, ascending;
     full bool [runs]: no element needs the mask. batch and heads are 1 where broadcast; row_block
-    and col_block are block sizes in tokens.
+    and col_block are block sizes in tokens. runs: None, or int32 [1], how many runs there are: then
+    start, end and full have room for more, with anything behind the last run; where they have room
+    for too few, rows end early.
     """
 
     offsets: Tensor
@@ -34,11 +38,31 @@ class RunTable:
     num_rows: int
     row_block: int
     col_block: int
+    runs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> RunTable:
         moved = {name: getattr(self, name).to(device)
                  for name in ("offsets", "start", "end", "full")}
-        return replace(self, **moved)
+        return replace(self, **moved, runs=None if self.runs is None else self.runs.to(device))
+
+    def exact(self) -> RunTable:
+        """Without room; raises ArgumentError where there is too little."""
+        if self.runs is None:
+            return self
+        runs = int(self.runs)
+        if runs > len(self.start):
+            raise too_little_room(runs, len(self.start))
+        return replace(self, start=self.start[:runs], end=self.end[:runs], full=self.full[:runs],
+                       runs=None)
+
+    def with_room(self, room: int) -> RunTable:
+        """With room for so many runs; raises ArgumentError where there are more."""
+        more = room - len(self.start)
+        if more < 0:
+            raise too_little_room(len(self.start), room)
+        start, end, full = (torch.nn.functional.pad(t, (0, more))
+                            for t in (self.start, self.end, self.full))
+        return replace(self, start=start, end=end, full=full, runs=self.offsets[-1:].clone())
 
     def row_of_runs(self) -> Tensor:
         """int64 [runs]: (b * heads + h) * num_rows + r of each run."""
@@ -50,6 +74,13 @@ class RunTable:
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size()
                    for t in (self.offsets, self.start, self.end, self.full))
+
+
+def too_little_room(runs: int, room: int) -> ArgumentError:
+    return ArgumentError(message(
+        "A block mask has more runs than it was given room for, and lacks blocks.",
+        expected=f"room for {runs} runs", got=f"room for {room}, in this call or an earlier one "
+        "(GPUs report late)", remedy="create_block_mask with a larger max_runs, or without"))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from flexattn.block_mask.arguments import (
     checked_block_size,
     device_of,
 )
+from flexattn.block_mask.bounded import bounded_runs
 from flexattn.block_mask.mask import BlockMask
 from flexattn.dynamo import with_mods
 from flexattn.trace import specialize, trace_mask_mod
@@ -27,7 +28,7 @@ from flexattn.trace import specialize, trace_mask_mod
 def create_block_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int,
                       device: torch.device | str | None = None, BLOCK_SIZE: BlockSize = 128,
                       _compile: bool = False, separate_full_blocks: bool = True,
-                      **torch_options: Any) -> BlockMask:
+                      *, max_runs: int | None = None, **torch_options: Any) -> BlockMask:
     """The block mask of `mask_mod`, proved from its expression: elements are only looked at where
     the proof fails.
 
@@ -38,37 +39,48 @@ def create_block_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: in
         device: where the mask's tables live (default: torch's default device).
         BLOCK_SIZE: tokens per block, one int or (q, kv).
         separate_full_blocks: False marks full blocks as partial.
+        max_runs: room for so many runs, neighbouring blocks of one kind in a row (causal has two a
+            row). On a GPU nothing then waits for the device, so that the mask can be made in a
+            CUDA graph; one with more runs is an error in the next call that can know of it.
         _compile and further options of PyTorch's function are accepted and change nothing.
 
-    Raises: ArgumentError for sizes that are negative; the tracer's errors for a wrong mask_mod.
+    Raises: ArgumentError for sizes that are negative, for more runs than max_runs, and with it for
+        a mask that a GPU has to wait for; the tracer's errors for a wrong mask_mod.
 
     Examples:
         >>> create_block_mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, None, None, 512, 512)
         BlockMask(shape=(1, 1, 512, 512), BLOCK_SIZE=(128, 128), sparsity=37.50%)
     """
     batch, heads = 1 if B is None else B, 1 if H is None else H
-    for name, size in {"B": batch, "H": heads, "Q_LEN": Q_LEN, "KV_LEN": KV_LEN}.items():
+    for name, size in {"B": batch, "H": heads, "Q_LEN": Q_LEN, "KV_LEN": KV_LEN,
+                       "max_runs": max_runs or 0}.items():
         check_size("create_block_mask", name, size)
     blocks, where = checked_block_size(BLOCK_SIZE), device_of(device)
     if torch.compiler.is_compiling():
         return _in_a_graph(mask_mod, (batch, heads, Q_LEN, KV_LEN), blocks, where,
-                           separate_full_blocks)
+                           separate_full_blocks, max_runs)
     mod = specialize(trace_mask_mod(mask_mod, where))
-    table = mask_runs(mod, grid_of(mod, batch, heads, Q_LEN, KV_LEN, *blocks), where)
-    if not separate_full_blocks:
-        table = all_partial(table, -(-KV_LEN // blocks[1]))
+    grid = grid_of(mod, batch, heads, Q_LEN, KV_LEN, *blocks)
+    if max_runs is not None:
+        table = bounded_runs(mod, grid, where, max_runs, separate_full_blocks)
+    else:
+        table = mask_runs(mod, grid, where)
+        if not separate_full_blocks:
+            table = all_partial(table, grid.columns)
     return BlockMask(table, (Q_LEN, KV_LEN), (batch, heads), mask_mod, proved=True,
                      separate_full_blocks=separate_full_blocks)
 
 
 def _in_a_graph(mask_mod: MaskMod, shape: tuple[int, int, int, int], blocks: tuple[int, int],
-                device: torch.device, separate_full_blocks: bool) -> BlockMask:
+                device: torch.device, separate_full_blocks: bool, max_runs: int | None
+                ) -> BlockMask:
     """The block mask of a graph that is being compiled: its number of runs is not known yet."""
-    offsets, start, end, full, images = with_mods(
+    offsets, start, end, full, images, runs = with_mods(
         "block_runs", torch.empty((), device=device), torch.float32, None, mask_mod, *shape,
-        *blocks, separate_full_blocks, device)
+        *blocks, separate_full_blocks, -1 if max_runs is None else max_runs, device)
     rows = -(-shape[2] // blocks[0])
-    table = RunTable(offsets, start, end, full, images.shape[0], images.shape[1], rows, *blocks)
+    table = RunTable(offsets, start, end, full, images.shape[0], images.shape[1], rows, *blocks,
+                     None if max_runs is None else runs)
     return BlockMask(table, (shape[2], shape[3]), (shape[0], shape[1]), mask_mod, proved=True,
                      separate_full_blocks=separate_full_blocks)
 

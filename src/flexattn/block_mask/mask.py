@@ -31,8 +31,9 @@ from flexattn.analysis.runs import (
     transposed,
 )
 from flexattn.block_mask.arguments import BlockSize, MaskMod, checked_block_size, positions
+from flexattn.block_mask.bounded import bounded_runs, room_for
 from flexattn.block_mask.evidence import Evidence, evidence
-from flexattn.block_mask.listing import Listings, kinds_of_lists
+from flexattn.block_mask.listing import Listings, checked_lists, kinds_of_lists
 from flexattn.block_mask.moved import inside_blocks, joined, negated, sliced
 from flexattn.errors import ArgumentError, MaskMismatchError, ShapeError, message
 from flexattn.pictures.methods import Pictures
@@ -58,7 +59,8 @@ class BlockMask(Listings, Pictures):
                  mask_mod: MaskMod | None, *, proved: bool = False,
                  separate_full_blocks: bool = True) -> None:
         """proved: the blocks are those of mask_mod, which alone says what is attended."""
-        self._rows, self.seq_lengths = rows, seq_lengths
+        self.table, self.seq_lengths = rows, seq_lengths
+        self._exact = rows if rows.runs is None else None
         if not torch.compiler.is_compiling():
             for tensor in (rows.offsets, rows.start, rows.end, rows.full):
                 # Tells torch.compile that this size varies, as maybe_mark_dynamic(tensor, 0).
@@ -74,13 +76,16 @@ class BlockMask(Listings, Pictures):
     # What kernels read
 
     def rows(self) -> RunTable:
-        """Runs of key blocks, for each row of query blocks."""
-        return self._rows
+        """Runs of key blocks, for each row of query blocks. Of a mask that was made with max_runs,
+        this waits for the device once."""
+        if self._exact is None:
+            self._exact = self.table.exact()
+        return self._exact
 
     def columns(self) -> RunTable:
         """Runs of query blocks, for each column of key blocks."""
         if self._columns is None:
-            self._columns = transposed(self._rows, self._num_columns)
+            self._columns = transposed(self.rows(), self._num_columns)
         return self._columns
 
     def traced(self, device: torch.device) -> Mod:
@@ -97,6 +102,19 @@ class BlockMask(Listings, Pictures):
         if key not in self._regrids:
             self._regrids[key] = self._of(self.element_mod(), self.shape, key)
         return self._regrids[key]
+
+    def kernel_runs(self, tile_q: int, tile_kv: int, by_columns: bool = False) -> RunTable:
+        """The runs in tiles of a kernel, by rows or by columns; with room (see analysis.runs), and
+        without waiting for the device, where the mask was made with max_runs."""
+        if self.table.runs is None:
+            fine = self.regrid(tile_q, tile_kv)
+            return fine.columns() if by_columns else fine.rows()
+        if (tile_q, tile_kv, by_columns) == (*self.BLOCK_SIZE, False):
+            return self.table
+        mod = self.traced(self.device)
+        room = room_for(self.table, tile_q, tile_kv, by_columns, self._num_columns)
+        return bounded_runs(mod, grid_of(mod, *self.shape, tile_q, tile_kv), self.device, room,
+                            by_columns=by_columns)
 
     def element_mod(self) -> MaskMod:
         """What says alone which elements are attended: mask_mod, unless blocks were given that are
@@ -142,23 +160,23 @@ class BlockMask(Listings, Pictures):
 
     @property
     def BLOCK_SIZE(self) -> tuple[int, int]:
-        return self._rows.row_block, self._rows.col_block
+        return self.table.row_block, self.table.col_block
 
     @property
     def device(self) -> torch.device:
-        return self._rows.offsets.device
+        return self.table.offsets.device
 
     @property
     def nbytes(self) -> int:
         """Bytes held by the tables that have been made so far."""
-        return self._rows.nbytes + (self._columns.nbytes if self._columns else 0)
+        return self.table.nbytes + (self._columns.nbytes if self._columns else 0)
 
     @property
     def _num_columns(self) -> int:
-        return -(-self.seq_lengths[1] // self._rows.col_block)
+        return -(-self.seq_lengths[1] // self.table.col_block)
 
     def _kinds(self) -> Tensor:
-        return kinds_of_runs(self._rows, self._num_columns)
+        return kinds_of_runs(self.rows(), self._num_columns)
 
     def to_dense(self) -> Tensor:
         """int32 [B, H, rows, columns], 1 where a block is not empty."""
@@ -172,7 +190,7 @@ class BlockMask(Listings, Pictures):
 
     def sparsity(self) -> float:
         """Percent of the mask's elements in empty blocks; ragged blocks count as they are."""
-        table, (q_len, kv_len) = self._rows, self.seq_lengths
+        table, (q_len, kv_len) = self.rows(), self.seq_lengths
         top = (table.row_of_runs() % max(table.num_rows, 1)) * table.row_block
         height = torch.clamp(q_len - top, max=table.row_block)
         ends = [torch.clamp(t.long() * table.col_block, max=kv_len)
@@ -209,13 +227,13 @@ class BlockMask(Listings, Pictures):
         """(batch, head, row, column), its kind here and by mask_mod."""
         assert self.mask_mod is not None
         own = self._runs(self.mask_mod, self.shape, self.BLOCK_SIZE)
-        tables = [broadcast_rows(t, *self.shape[:2]) for t in (self._rows, own)]
+        tables = [broadcast_rows(t, *self.shape[:2]) for t in (self.rows(), own)]
         found = segments([pieces_of(t) for t in tables], self._num_columns).select_where(
             lambda here, there: ((here == EMPTY) & (there != EMPTY))
             | ((here == FULL) & (there != FULL)))
         if not len(found.row):
             return None
-        image, row = divmod(int(found.row[0]), self._rows.num_rows)
+        image, row = divmod(int(found.row[0]), self.rows().num_rows)
         at = (*divmod(image, self._heads), row, int(found.start[0]))
         return at, int(found.kinds[0][0]), int(found.kinds[1][0])
 
@@ -237,7 +255,7 @@ class BlockMask(Listings, Pictures):
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The mask's tables on `device`; tensors captured by its mask_mod stay where they are."""
-        return self._with(self._rows.to(device))
+        return self._with(self.table.to(device))
 
     def settings(self) -> tuple[Any, ...]:
         """Everything but the tables."""
@@ -264,7 +282,7 @@ class BlockMask(Listings, Pictures):
         Raises: ArgumentError for an index out of range, and if a ragged last row of blocks is taken
             and is not the last one then.
         """
-        rows, (q_len, kv_len) = self._rows, self.seq_lengths
+        rows, (q_len, kv_len) = self.rows(), self.seq_lengths
         picked = positions(index, (self._batch, self._heads, rows.num_rows))
         ragged = q_len % rows.row_block
         if ragged and bool((picked[2][:-1] == rows.num_rows - 1).any()):
@@ -294,7 +312,7 @@ class BlockMask(Listings, Pictures):
                 "A block mask that was made from lists cannot be made longer.",
                 expected=f"at most {self.seq_lengths}", got=str((q_len, kv_len)),
                 remedy="create_block_mask with the new lengths"))
-        table = cropped(self._rows, -(-q_len // self.BLOCK_SIZE[0]),
+        table = cropped(self.rows(), -(-q_len // self.BLOCK_SIZE[0]),
                         -(-kv_len // self.BLOCK_SIZE[1]))
         return self._with(table, (q_len, kv_len), self.shape[:2], self._mask_mod)
 
@@ -324,7 +342,7 @@ class BlockMask(Listings, Pictures):
         mod = joined(self.element_mod(), other.element_mod(), either)
         return self._of(mod, (batch, heads, *self.seq_lengths), self.BLOCK_SIZE)
 
-    # PyTorch's lists
+    # From PyTorch's lists
 
     @classmethod
     def from_kv_blocks(cls, kv_num_blocks: Tensor, kv_indices: Tensor,
@@ -339,17 +357,8 @@ class BlockMask(Listings, Pictures):
         Raises: ArgumentError for one full list without the other; ShapeError for other ranks.
         """
         q_block, kv_block = checked_block_size(BLOCK_SIZE)
-        if (full_kv_num_blocks is None) != (full_kv_indices is None):
-            raise ArgumentError(message(
-                "full_kv_num_blocks and full_kv_indices must be given together."))
-        if kv_indices.dim() != 4 or kv_num_blocks.shape != kv_indices.shape[:3]:
-            raise ShapeError(message(
-                "The lists of blocks have the wrong shapes.",
-                expected="counts [B, H, rows] and indices [B, H, rows, columns]",
-                got=f"{list(kv_num_blocks.shape)} and {list(kv_indices.shape)}"))
+        full = checked_lists((kv_num_blocks, kv_indices), (full_kv_num_blocks, full_kv_indices))
         lengths = seq_lengths or (kv_indices.shape[2] * q_block, kv_indices.shape[3] * kv_block)
-        full = None if full_kv_num_blocks is None or full_kv_indices is None else (
-            full_kv_num_blocks, full_kv_indices)
         kinds = kinds_of_lists((kv_num_blocks, kv_indices), full, -(-lengths[1] // kv_block))
         if mask_mod is None:
             kinds[kinds == PARTIAL] = FULL
@@ -367,15 +376,6 @@ class BlockMask(Listings, Pictures):
                 mask.full_kv_indices, mask.BLOCK_SIZE, mask.mask_mod, mask.seq_lengths)
         return found
 
-    def as_tuple(self, flatten: bool = True) -> tuple[Any, ...]:
-        """PyTorch's tuple: lengths, the eight lists, block sizes, mask_mod; flatten: lengths and
-        block sizes as numbers of their own."""
-        lists = (self.kv_num_blocks, self.kv_indices, self.full_kv_num_blocks, self.full_kv_indices,
-                 self.q_num_blocks, self.q_indices, self.full_q_num_blocks, self.full_q_indices)
-        if flatten:
-            return (*self.seq_lengths, *lists, *self.BLOCK_SIZE, self.mask_mod)
-        return (self.seq_lengths, *lists, self.BLOCK_SIZE, self.mask_mod)
-
     # Copies
 
     def __getstate__(self) -> dict[str, Any]:
@@ -389,7 +389,7 @@ class BlockMask(Listings, Pictures):
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockMask:
-        return self._with(self._rows)
+        return self._with(self.table)
 
 
 _NAMES = {EMPTY: "empty", PARTIAL: "partial", FULL: "full"}

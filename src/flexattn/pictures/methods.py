@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from html import escape
 from itertools import islice, product
 from typing import Any
 
@@ -48,8 +49,13 @@ class Pictures:
         return svg(self._cells(batch, head, level), title or self._title(batch, head), side)
 
     def _repr_svg_(self) -> str:
-        """What a notebook shows."""
+        """What shows images alone."""
         return self.to_svg()
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the picture, and the mask in words."""
+        return (f"<figure style='margin: 0'>{self.to_svg()}"
+                f"<figcaption><code>{escape(repr(self))}</code></figcaption></figure>")
 
     def to_string(self, grid_size: int | tuple[int, int] = (20, 20), limit: int = 4, *,
                   level: str = "auto") -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flexattn.analysis.gradient import Gradient, gradient
+from flexattn.analysis.runs import too_little_room
 from flexattn.errors import IndexOutOfRangeError, message
 from flexattn.ir.graph import Graph
 from flexattn.ir.ops import Op
@@ -71,7 +72,7 @@ def mod_code(call: Call, target: Target, with_gradient: bool = False) -> ModCode
     key = (*graphs, facts, with_gradient)
     found = _codes.get(key)
     if found is None:
-        flag = torch.zeros(1, dtype=torch.int32, pin_memory=call.query.is_cuda)
+        flag = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=call.query.is_cuda)
         found = _codes[key] = ModCode(
             lower(*graphs, facts, graph), argument_fields(*graphs), argument_types(*graphs, facts),
             flag, graphs, taken, ctypes.c_int32.from_address(flag.data_ptr()))
@@ -120,6 +121,7 @@ def watch(code: ModCode, score: Mod | None, mask: Mod | None) -> None:
 
 def check() -> None:
     """Raises what kernels that have finished reported; waits for nothing."""
+    check_rooms()
     for code, _ in _watched:
         if code.reported:
             _raise(code)
@@ -141,3 +143,26 @@ def _raise(code: ModCode) -> None:
         got="an index beyond it, in this call or an earlier one (GPUs report late)",
         remedy="mask such positions out, or clamp the index in the mod; FLEXATTN_CHECK=1 makes "
                "the call that does it raise"))
+
+
+# Block masks with more runs than room
+
+_rooms: dict[torch.device, tuple[Tensor, Any]] = {}
+
+
+def room_report(device: torch.device) -> Tensor:
+    """int32 (runs, room) of a table that had too little room: kernels write it, the host reads it
+    without waiting."""
+    if device not in _rooms:
+        words = torch.zeros(2, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+        _rooms[device] = (words, (ctypes.c_int32 * 2).from_address(words.data_ptr()))
+    return _rooms[device][0]
+
+
+def check_rooms() -> None:
+    """The part of `check` that is about block masks."""
+    for words, view in _rooms.values():
+        if view[0]:
+            runs, room = view
+            words.zero_()
+            raise too_little_room(runs, room)

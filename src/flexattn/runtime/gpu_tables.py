@@ -43,9 +43,7 @@ def tables(mask: BlockMask, tile_q: int, tile_kv: int, by_columns: bool = False)
     key = (tile_q, tile_kv, by_columns, mask.mask_mod)
     found = known.get(key)
     if found is None:
-        fine = mask.regrid(tile_q, tile_kv)
-        runs = fine.columns() if by_columns else fine.rows()
-        found = known[key] = _of_runs(runs)
+        found = known[key] = _of_runs(mask.kernel_runs(tile_q, tile_kv, by_columns))
     return found
 
 
@@ -57,15 +55,19 @@ def _of_runs(runs: RunTable) -> Tables:
     key = (id(runs.offsets), runs.batch, runs.heads)
     found = known.get(key)
     if found is None:
-        found = known[key] = Tables(_selected(runs, runs.full), _selected(runs, ~runs.full),
-                                    runs.batch, runs.heads)
+        exists = True if runs.runs is None else torch.arange(
+            len(runs.start), device=runs.start.device) < runs.runs
+        found = known[key] = Tables(_selected(runs, runs.full & exists),
+                                    _selected(runs, ~runs.full & exists), runs.batch, runs.heads)
     return found
 
 
 def _selected(runs: RunTable, chosen: Tensor) -> Table:
-    """The runs that are chosen, and one more that no row has, so that a read ahead is inside."""
-    pad = torch.nn.functional.pad
+    """The runs that are chosen, then empty ones that no row has: at least one, so that a read ahead
+    is inside. The host need not know how many there are."""
+    pad, room = torch.nn.functional.pad, len(runs.start)
     before = pad(chosen.cumsum(0), (1, 0))
-    start, end = runs.start[chosen], runs.end[chosen]
-    blocks = pad((end - start).long().cumsum(0), (1, 0))
-    return before[runs.offsets.long()].int(), pad(start, (0, 1)), pad(end, (0, 1)), blocks
+    place = torch.where(chosen, before[:-1], room + 1)
+    start, end = (t.new_zeros(room + 2).scatter_(0, place, t)[:-1] for t in (runs.start, runs.end))
+    blocks = pad((end - start)[:-1].cumsum(0), (1, 0))
+    return before[runs.offsets.long()].int(), start, end, blocks

@@ -9,11 +9,9 @@ analysis.interval_form), and more blocks than are worth looking at one by one.
 
 from __future__ import annotations
 
-import ctypes
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,12 +22,12 @@ from flexattn.analysis.runs import FULL, PARTIAL, RunTable
 from flexattn.analysis.symbols import NoSymbolError
 from flexattn.analysis.undecided import Grid
 from flexattn.compile_triton import Source, load, ready
-from flexattn.errors import ArgumentError, message
 from flexattn.ir.graph import Graph
 from flexattn.ir.mod import Mod
 from flexattn.kernels.triton_config import BlockFacts
 from flexattn.lower.triton import Facts, argument_fields, argument_types, lower
 from flexattn.lower.triton_facts import ModFacts, bound_of, mod_facts
+from flexattn.runtime import gpu_mods
 from flexattn.runtime.gpu_driver import target
 from flexattn.runtime.gpu_launch import Launch, function, on, stream_of
 from flexattn.runtime.gpu_mods import INTERPRETED, on_device
@@ -196,7 +194,8 @@ class _Solution:
         offsets = self.counts.cumsum(0, dtype=torch.int32)
         room = int(offsets[-1]) if max_runs is None else max_runs
         start, end, full = self._empty(room), self._empty(room), self._empty(room, torch.bool)
-        bounded = [] if max_runs is None else [self._empty(self.lines + 1), report(self.device)]
+        bounded = [] if max_runs is None else [self._empty(self.lines + 1),
+                                               gpu_mods.room_report(self.device)]
         for first, lines in self._strips():
             if lines < self.lines:
                 self._kinds(first, lines)
@@ -204,7 +203,8 @@ class _Solution:
                       self.lines, room]
             self._launch("write_runs", _WRITE_BOUNDED if bounded else _WRITE, lines, values)
         return RunTable(bounded[0] if bounded else offsets, start, end, full, self.grid.batch,
-                        self.grid.heads, self.layout[1], *self.blocks)
+                        self.grid.heads, self.layout[1], *self.blocks,
+                        offsets[-1:] if bounded else None)
 
     def _strips(self) -> Iterator[tuple[int, int]]:
         for first in range(0, self.lines, self.step):
@@ -253,23 +253,6 @@ _WRITE = {"found": "*i8", "offsets": "*i32", "start": "*i32", "end": "*i32", "fu
 _WRITE_BOUNDED = _WRITE | {"bounded": "*i32", "report": "*i32"}
 
 
-# Too many runs
-
-
-@cache
-def report(device: torch.device) -> Tensor:
-    """int32 (runs, room) of a mask that had no room: kernels write it, the host reads it without
-    waiting."""
-    return torch.zeros(2, dtype=torch.int32, pin_memory=device.type == "cuda")
-
-
 def check(device: torch.device) -> None:
-    """Raises what kernels that have finished reported; waits for nothing."""
-    words = report(device)
-    runs, room = (ctypes.c_int32 * 2).from_address(words.data_ptr())
-    if runs:
-        words.zero_()
-        raise ArgumentError(message(
-            "A block mask has more runs than it was given room for; it lacks blocks.",
-            expected=f"max_runs >= {runs}", got=f"max_runs={room}, in this call or an earlier one "
-            "(GPUs report late)", remedy="create_block_mask with a larger max_runs, or without"))
+    """Raises where a mask had more runs than room, as far as kernels have finished."""
+    gpu_mods.check_rooms()

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from flexattn.analysis.block_sparsity import grid_of, mask_runs
 from flexattn.analysis.runs import RunTable, all_partial, broadcast_rows
+from flexattn.analysis.undecided import Grid
 from flexattn.block_mask import BlockMask
+from flexattn.block_mask.bounded import bounded_runs
 from flexattn.runtime.autograd import kernels
 from flexattn.runtime.call import Call, Result, like_query
 from flexattn.trace.written import Replayed, bind, count_whole, needs_gradient, reads
@@ -30,8 +32,9 @@ _library.define(f"attention({_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
 _library.define("attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, "
                 f"{_INPUTS}) -> Tensor[]", tags=_TAGS)
 _library.define("block_runs(SymInt batch, SymInt heads, SymInt q_len, SymInt kv_len, "
-                "SymInt q_block, SymInt kv_block, bool separate_full_blocks, Device device, "
-                f"{_MODS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=_TAGS)
+                "SymInt q_block, SymInt kv_block, bool separate_full_blocks, int max_runs, "
+                f"Device device, {_MODS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+                tags=_TAGS)
 
 
 # Attention
@@ -55,9 +58,9 @@ def _block_mask(runs: Sequence[Tensor], sizes: Sequence[int], of_mask: Any) -> B
     found = getattr(table, "_flexattn_block_mask", None)
     if found is None:
         batch, heads, row_block, col_block, mask_batch, mask_heads, q_len, kv_len = sizes
-        offsets, start, end, full = runs
+        offsets, start, end, full, *found = runs
         rows = RunTable(offsets, start, end, full, batch, heads, -(-q_len // row_block),
-                        row_block, col_block)
+                        row_block, col_block, found[0] if found else None)
         found = BlockMask(rows, (q_len, kv_len), (mask_batch, mask_heads), Replayed(*of_mask),
                           proved=True)
         table._flexattn_block_mask = found  # type: ignore[attr-defined]
@@ -132,18 +135,24 @@ def _split(tensors: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tenso
 
 
 def _block_runs(batch: int, heads: int, q_len: int, kv_len: int, q_block: int, kv_block: int,
-                separate_full_blocks: bool, device: torch.device, score: str, mask: str,
-                score_captures: Sequence[Tensor], mask_captures: Sequence[Tensor],
+                separate_full_blocks: bool, max_runs: int, device: torch.device, score: str,
+                mask: str, score_captures: Sequence[Tensor], mask_captures: Sequence[Tensor],
                 whole: Sequence[int]) -> tuple[Tensor, ...]:
     mod = bind(mask, mask_captures, whole)
     assert mod is not None
-    table = mask_runs(mod, grid_of(mod, batch, heads, q_len, kv_len, q_block, kv_block), device)
-    if not separate_full_blocks:
-        table = all_partial(table, -(-kv_len // kv_block))
     images = _images(mask, batch, heads)
-    table = broadcast_rows(table, *images)
+    if max_runs >= 0:
+        grid = Grid(*images, q_len, kv_len, q_block, kv_block)
+        table = bounded_runs(mod, grid, device, max_runs, separate_full_blocks)
+    else:
+        grid = grid_of(mod, batch, heads, q_len, kv_len, q_block, kv_block)
+        table = mask_runs(mod, grid, device)
+        if not separate_full_blocks:
+            table = all_partial(table, grid.columns)
+        table = broadcast_rows(table, *images)
+    found = table.offsets.new_empty(0) if table.runs is None else table.runs.clone()
     return (table.offsets, table.start, table.end, table.full,
-            torch.zeros(images, dtype=torch.int8, device=device))  # its shape is what counts
+            torch.zeros(images, dtype=torch.int8, device=device), found)  # a shape is what counts
 
 
 def _images(mask: str, batch: int, heads: int) -> tuple[int, int]:
@@ -152,15 +161,15 @@ def _images(mask: str, batch: int, heads: int) -> tuple[int, int]:
 
 
 def _block_runs_fake(batch: int, heads: int, q_len: int, kv_len: int, q_block: int, kv_block: int,
-                     separate_full_blocks: bool, device: torch.device, score: str, mask: str,
-                     *rest: Any) -> tuple[Tensor, ...]:
+                     separate_full_blocks: bool, max_runs: int, device: torch.device, score: str,
+                     mask: str, *rest: Any) -> tuple[Tensor, ...]:
     images = _images(mask, batch, heads)
     rows = images[0] * images[1] * (-(-q_len // q_block))
-    runs = torch.library.get_ctx().new_dynamic_size()
-    offsets, start, end = (torch.empty(n, dtype=torch.int32, device=device)
-                           for n in (rows + 1, runs, runs))
+    runs = torch.library.get_ctx().new_dynamic_size() if max_runs < 0 else max_runs
+    offsets, start, end, found = (torch.empty(n, dtype=torch.int32, device=device)
+                                  for n in (rows + 1, runs, runs, int(max_runs >= 0)))
     return (offsets, start, end, torch.empty(runs, dtype=torch.bool, device=device),
-            torch.empty(images, dtype=torch.int8, device=device))
+            torch.empty(images, dtype=torch.int8, device=device), found)
 
 
 for _name, _kernel, _fake in (("attention", _forward, _forward_fake),
