@@ -47,6 +47,9 @@ class AuxOutput:
     max_scores: Tensor | None = None
 
 
+_NOTHING_ELSE, _ONLY_LSE = AuxRequest(), AuxRequest(lse=True)
+
+
 def flex_attention(
     query: Tensor,
     key: Tensor,
@@ -105,7 +108,7 @@ def flex_attention(
         block_mask = _our_mask(block_mask)
         _check_mask(block_mask, query, key)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    aux = return_aux or AuxRequest(lse=return_lse)
+    aux = return_aux or (_ONLY_LSE if return_lse else _NOTHING_ELSE)
     if by_operator():
         result = _by_operator(query, key, value, score_mod, block_mask, scale, aux)
     else:
@@ -195,26 +198,31 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
 
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if key.shape[:3] != value.shape[:3]:
-        raise ShapeError(message("key and value do not fit together.",
-                                 expected="the same batch, heads and length", got=shapes))
-    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
-        raise ShapeError(message("query and key have different head dimensions.",
-                                 expected=f"key [..., {query.shape[-1]}]", got=shapes))
-    if key.shape[0] not in (1, query.shape[0]):
-        raise ShapeError(message("key and value have another batch size than query.",
-                                 expected=f"{query.shape[0]} or 1", got=shapes))
-    q_heads, kv_heads = query.shape[1], key.shape[1]
-    if q_heads != kv_heads and not enable_gqa:
-        raise ShapeError(message("query and key have different numbers of heads.",
-                                 expected=f"{q_heads} key heads", got=shapes,
-                                 remedy="pass enable_gqa=True for grouped-query attention"))
-    if kv_heads == 0 or q_heads % kv_heads:
-        if q_heads == kv_heads:
-            return
-        raise ShapeError(message("The number of query heads must be a multiple of that of key "
-                                 "heads.", expected=f"a multiple of {kv_heads}", got=shapes))
+    q, k, v = query.shape, key.shape, value.shape
+    q_heads, kv_heads = q[1], k[1]
+    remedy = None
+    if k[:3] != v[:3]:
+        what = "key and value do not fit together."
+        expected = "the same batch, heads and length"
+    elif q[3] != k[3] or q[3] == 0:
+        what = "query and key have different head dimensions."
+        expected = f"key [..., {q[3]}]"
+    elif k[0] not in (1, q[0]):
+        what = "key and value have another batch size than query."
+        expected = f"{q[0]} or 1"
+    elif q_heads == kv_heads:
+        return
+    elif not enable_gqa:
+        what = "query and key have different numbers of heads."
+        expected = f"{q_heads} key heads"
+        remedy = "pass enable_gqa=True for grouped-query attention"
+    elif kv_heads == 0 or q_heads % kv_heads:
+        what = "The number of query heads must be a multiple of that of key heads."
+        expected = f"a multiple of {kv_heads}"
+    else:
+        return
+    raise ShapeError(message(what, expected=expected, remedy=remedy,
+                             got=f"query {tuple(q)}, key {tuple(k)}, value {tuple(v)}"))
 
 
 def _check_mask(mask: BlockMask, query: Tensor, key: Tensor) -> None:

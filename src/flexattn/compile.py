@@ -38,10 +38,7 @@ class Host:
     @property
     def vector_bits(self) -> int:
         """Widest vectors worth using: 512 with AVX-512, 256 with AVX2 and FMA, otherwise 128."""
-        has = set(self.features.split(","))
-        if {"+avx512f", "+avx512vl", "+avx512bw", "+avx512dq"} <= has:
-            return 512
-        return 256 if {"+avx2", "+fma"} <= has else 128
+        return _vector_bits(self.features)
 
     @property
     def pairs(self) -> bool:
@@ -49,6 +46,14 @@ class Host:
         AMD's Zen 4, a third slower on an Intel Xeon (Emerald Rapids); LLVM must know the type."""
         has = "+avx512bf16" in self.features.split(",") and self.cpu.startswith("znver")
         return has and self.vector_bits == 512 and llvm.llvm_version_info[0] >= 16
+
+
+@cache
+def _vector_bits(features: str) -> int:
+    has = set(features.split(","))
+    if {"+avx512f", "+avx512vl", "+avx512bw", "+avx512dq"} <= has:
+        return 512
+    return 256 if {"+avx2", "+fma"} <= has else 128
 
 
 @cache

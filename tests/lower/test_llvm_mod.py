@@ -257,3 +257,23 @@ def test_random_mods(repeat: int, dtype: torch.dtype, rng: np.random.Generator) 
                               else 1e-12)
         assert close.float().mean() > 0.999  # comparisons may fall on either side
         assert not fault[0]
+
+
+def test_quotients_of_indices_stay_exact() -> None:
+    """floor(n d / d) = n, which a product with 1 / d misses for some: only scores may be off by
+    an ulp."""
+    for d in (3, 41, 47, 49, 55, 61):
+        quotient = node(Op.DIV, cast(mul(KV, d), torch.float32), const(float(d), torch.float32),
+                        dtype=torch.float32)
+        graph = graph_of(cast(node(Op.FLOOR, quotient, dtype=torch.float32), I64))
+        got, _ = rows(graph, torch.zeros(2, 200))
+        assert got["out"][1].tolist() == list(range(200))
+
+
+@pytest.mark.parametrize("divisor", [20.0, -0.3, 1e-31, 7e31])
+def test_quotients_of_scores(divisor: float, rng: np.random.Generator) -> None:
+    score = node(Op.INPUT, dtype=torch.float32, attr="score")
+    out = node(Op.DIV, score, const(divisor, torch.float32), dtype=torch.float32)
+    scores = torch.from_numpy(rng.normal(0, min(abs(divisor), 1.0), (4, 50))).float()
+    got, _ = rows(graph_of(out), scores)
+    torch.testing.assert_close(got["out"].double(), scores.double() / divisor, rtol=2e-7, atol=0)

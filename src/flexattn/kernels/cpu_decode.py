@@ -256,7 +256,8 @@ class Decode:
             part = e.at(partials, e.mul(split.index, step), "i8")
             its_maximum, its_total, its_out = (self.frame.array(e, part, n, STATE) for n in STATE)
             with e.loop(0, self.frame.tile.tile_q, e.lanes) as row:
-                old, new = (e.load(m, e.vector, row.index) for m in (maximum, its_maximum))
+                old, new = (e.load_to_change(m, e.vector, row.index)
+                            for m in (maximum, its_maximum))
                 largest = e.max(new, old)
                 nothing = e.compare("oeq", largest, e.number(float("-inf")))
                 base = e.select(nothing, e.number(0.0), largest)

@@ -191,7 +191,8 @@ def _apply(e: Emitter, frame: Frame, mod: Injected | None, s: Value, row: Value,
     if mod is not None:
         mod.hoist_row(row)
     with e.loop(*span, e.lanes, [e.number(-math.inf)]) as loop:
-        score, attended = e.load(s, e.vector, loop.index), const(e.vec("i1"), True)
+        score = e.load_to_change(s, e.vector, loop.index)
+        attended = const(e.vec("i1"), True)
         if bits is not None:
             attended = e.load_bits(bits_at(e, frame, bits, row, loop.index))
         if mod is not None:
@@ -207,7 +208,7 @@ def _rescale(e: Emitter, frame: Frame, scratch: Value, group: Value) -> Value:
     """The new maximum of a vector of rows, and what it does to earlier sums. A row with nothing
     attended so far subtracts 0 instead of -inf."""
     maximum = frame.array(e, scratch, "maximum")
-    old = e.load(maximum, e.vector, group)
+    old = e.load_to_change(maximum, e.vector, group)
     new = e.max(e.load(frame.array(e, scratch, "tile_maximum"), e.vector, group), old)
     base = e.select(e.compare("oeq", new, e.number(-math.inf)), e.number(0.0), new)
     rescale = e.exp2(e.fsub(old, base))

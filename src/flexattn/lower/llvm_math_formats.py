@@ -32,6 +32,8 @@ class Format:
     erf: tuple[float, ...]  # erf(x)/x - 1 in x**2, |x| <= 1
     erfcx: tuple[float, ...]  # exp(x**2) * erfc(x) in (x-2)/(x+2), 1 <= x <= 6
     erf_one: float  # erf(x) rounds to 1 above
+    tanh: tuple[tuple[float, ...], ...]  # tanh(x)/x in x**2: numerator, denominator
+    tanh_one: float  # tanh(x) is 1 but for an ulp above
 
 
 FORMATS = {
@@ -52,7 +54,10 @@ FORMATS = {
         erfcx=(0.25539568066596985, -0.4271858334541321, 0.24165819585323334,
                -0.07897885143756866, 0.0037307061720639467, 0.00699485233053565,
                -0.0008256476139649749, -0.000927682442124933),
-        erf_one=4.0),
+        erf_one=4.0,
+        tanh=((0.9999999944, 0.1345062955, 0.003579002744, 2.202342453e-05, 1.542822982e-08),
+              (1.0, 0.4678395756, 0.02619227858, 0.0003423668196, 8.598883344e-07)),
+        tanh_one=7.9),
     "double": Format(
         integer="i64", mantissa=52, magic=1.5 * 2**52, magic_bits=0x4338000000000000, bias=1023,
         root_half_bits=0x3FE6A09E667F3BCD, smallest_normal=2.0**-1022, exp_range=(-746.0, 710.0),
@@ -79,7 +84,9 @@ FORMATS = {
                0.0001743624868812912, 2.7526217859138163e-05, -2.7594440841755455e-05,
                -1.3980923855686901e-05, 1.4817147609392131e-06, 3.861745370358726e-06,
                8.833332799588468e-07, -6.75685142362511e-07),
-        erf_one=6.0),
+        erf_one=6.0,
+        tanh=(),  # by exp
+        tanh_one=20.0),
 }
 # Of pow: (log(m) of `log` - 2/3) / s**2 in s**2, and 2/3 in two parts.
 POW_TAIL = (0.3999999999999998, 0.2857142857144522, 0.22222222217510793, 0.18181818873475658,

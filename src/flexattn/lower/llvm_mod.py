@@ -86,6 +86,16 @@ class Levels:
             self._cost[n] = own + sum(map(self._operations, n.args))
         return self._cost[n]
 
+    def cheaper(self, n: Node) -> Node:
+        """A score divided by a constant as a product, within an ulp. Not so an index, whose
+        quotient may be rounded to an integer."""
+        if n.op is not Op.DIV or n.dtype is not torch.float32 or not n.args[1].is_const:
+            return n
+        x, divisor = n.args[0], n.args[1].attr
+        if not self._depends(x) & {"score", "grad"} or not 1e-30 < abs(divisor) < 1e30:
+            return n
+        return node(Op.MUL, x, const(1 / divisor, n.dtype), dtype=n.dtype)
+
     def affine(self, n: Node) -> int | None:
         """c of an int64 node that is c * kv_idx plus a scalar of the row; None for others."""
         if n not in self._affine:
@@ -255,6 +265,7 @@ class Code:
             return self._column_index(n)
         if n.op is Op.LOAD:
             return column_load(self, n)
+        n = levels.cheaper(n)
         return compute(self.lanes, n, *self._arguments(n))
 
     def _scalar(self, n: Node) -> Value:

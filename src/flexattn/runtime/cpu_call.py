@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -117,6 +118,7 @@ _ONE_RUN: tuple[Any, ...] = ((ctypes.c_int32 * 2)(0, 1), (ctypes.c_int32 * 1)(0)
 _FULL = {full: (ctypes.c_bool * 1)(full) for full in (False, True)}
 
 
+@lru_cache
 def one_run(rows: int, columns: int, full: bool) -> Runs:
     """The table of a call without a block mask."""
     offsets, start, end = map(ctypes.addressof, _ONE_RUN)
@@ -129,14 +131,15 @@ class Tables:
     kernels report a read out of range."""
 
     def __init__(self, *mods: Mod | None) -> None:
-        self._mods, self._keep, self.addresses = mods, [], []
+        words, starts = [0] * (FAULT_WORDS * len(mods)), []
         for mod in mods:
             for values in argument_words(mod.captures, mod.numbers) if mod else ((), ()):
-                table = (ctypes.c_int64 * max(len(values), 1))(*values)
-                self._keep.append(table)
-                self.addresses.append(ctypes.addressof(table))
-        self._words = (ctypes.c_int64 * (FAULT_WORDS * len(mods)))()
+                starts.append(len(words))
+                words += values
+        self._mods = mods
+        self._words = (ctypes.c_int64 * (len(words) + 1))(*words)
         first = ctypes.addressof(self._words)
+        self.addresses = [first + 8 * start for start in starts]
         self.faults = [first + 8 * FAULT_WORDS * i for i in range(len(mods))]
 
     def check(self) -> None:

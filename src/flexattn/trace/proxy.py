@@ -34,6 +34,7 @@ from flexattn.trace.refusals import (
 
 NUMBERS = (bool, int, float, torch.SymInt, torch.SymFloat)  # symbolic ones: of torch.compile
 _SAMPLES = {dtype: torch.ones((), dtype=dtype) for dtype in DTYPES}
+_NUMBER_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 def python_type(value: Any) -> type:
@@ -60,8 +61,8 @@ class Tape:
     def number(self, value: Any) -> Proxy:
         """Each occurrence of a Python number has a slot of its own."""
         self.numbers.append(value)
-        kind = {bool: torch.bool, int: torch.int64, float: torch.float64}[python_type(value)]
-        return self.record(Op.NUMBER, kind, (), len(self.numbers) - 1)
+        dtype = _NUMBER_DTYPES.get(type(value)) or _NUMBER_DTYPES[python_type(value)]
+        return self.record(Op.NUMBER, dtype, (), len(self.numbers) - 1)
 
     def literal(self, value: bool | int | float, dtype: torch.dtype) -> Proxy:
         """A number that is part of what is computed: another value is another mod."""
@@ -116,12 +117,20 @@ class Tape:
 
     def operands(self, *values: Any) -> tuple[list[Proxy], torch.dtype]:
         """Proxies of one dtype, promoted as torch promotes scalars and Python numbers."""
-        values = tuple(v.item() if isinstance(v, np.generic) else v for v in values)
-        proxies = [self.wrap(v) for v in values]
-        kinds = [(python_type(v), None) if isinstance(v, NUMBERS) else (None, p.dtype)
-                 for v, p in zip(values, proxies, strict=True)]
+        proxies: list[Proxy] = []
+        kinds: list[type | torch.dtype] = []
+        for value in values:
+            if type(value) is not Proxy:
+                value = value.item() if isinstance(value, np.generic) else value
+                if isinstance(value, NUMBERS):
+                    proxies.append(self.number(value))
+                    kinds.append(python_type(value))
+                    continue
+                value = self.wrap(value)
+            proxies.append(value)
+            kinds.append(value.dtype)
         dtype = _promote(torch.get_default_dtype(), *kinds)
-        return [self.cast(p, dtype) for p in proxies], dtype
+        return [p if p.dtype is dtype else self.cast(p, dtype) for p in proxies], dtype
 
     def apply(self, op: Op, *values: Any, dtype: torch.dtype | None = None,
               at_least: torch.dtype | None = None) -> Proxy:
@@ -129,7 +138,7 @@ class Tape:
         args, common = self.operands(*values)
         if at_least is not None and common is torch.bool:
             args, common = [self.cast(a, at_least) for a in args], at_least
-        return self.record(op, dtype or common, tuple(a.index for a in args))
+        return self.record(op, dtype or common, tuple([a.index for a in args]))
 
     def float_apply(self, op: Op, *values: Any) -> Proxy:
         """op on operands promoted to floating point (integers become the default dtype)."""
@@ -140,11 +149,10 @@ class Tape:
 
 
 @cache
-def _promote(default: torch.dtype, *kinds: tuple[type | None, torch.dtype | None]) -> torch.dtype:
+def _promote(default: torch.dtype, *kinds: type | torch.dtype) -> torch.dtype:
     """torch's rule: dtypes of tensors first, Python numbers only raise the category. `default` is
     torch's default dtype, which the rule reads."""
-    samples = [kind(1) if kind is not None else _SAMPLES[dtype]  # type: ignore[index]
-               for kind, dtype in kinds]
+    samples = [kind(1) if isinstance(kind, type) else _SAMPLES[kind] for kind in kinds]
     tensors = [s for s in samples if isinstance(s, Tensor)]
     result = tensors[0].dtype if tensors else torch.result_type(samples[0], samples[-1])
     for t in tensors[1:]:
@@ -164,11 +172,16 @@ def contains_proxy(values: Any) -> bool:
     return False
 
 
-def call_on_proxies(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
-    """A torch function with a proxy among its arguments."""
-    # The tables need this file's classes.
+@cache
+def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
+    """What functions and methods mean; the tables need this file's classes."""
     from flexattn.trace.torch_functions import FUNCTIONS, METHODS
 
+    return FUNCTIONS, METHODS
+
+
+def call_on_proxies(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
+    """A torch function with a proxy among its arguments."""
     name = getattr(func, "__name__", str(func))
     if name == "__getitem__":
         return index(tape, args[0], args[1])
@@ -178,7 +191,8 @@ def call_on_proxies(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
         reject_write(f"{name}, out=")
     if name in RANDOM:
         reject_random(name)
-    rule = (METHODS if func is torch.Tensor.where else FUNCTIONS).get(name)
+    functions, methods = _tables()
+    rule = (methods if func is torch.Tensor.where else functions).get(name)
     if rule is None:
         unsupported(f"calls {name}")
     try:
@@ -327,11 +341,9 @@ class Proxy:
 
     def __getattr__(self, name: str) -> Any:
         """Method spellings: x.exp() is torch.exp(x)."""
-        from flexattn.trace.torch_functions import METHODS
-
         if name.startswith("__"):
             raise AttributeError(name)
-        rule = METHODS.get(name)
+        rule = _tables()[1].get(name)
         if rule is not None:
             return lambda *args, **kwargs: rule(self.tape, self, *args, **kwargs)
         if name in ("item", "tolist", "numpy", "cpu"):

@@ -59,7 +59,7 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if contains_proxy(args) or contains_proxy(tuple(kwargs.values())):
+        if contains_proxy(args) or (kwargs and contains_proxy(tuple(kwargs.values()))):
             return call_on_proxies(self.tape, func, args, kwargs)
         made = untraced(self.tape, getattr(func, "__name__", ""), args, kwargs)
         return func(*args, **kwargs) if made is None else made
