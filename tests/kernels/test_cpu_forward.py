@@ -226,6 +226,22 @@ def test_cross_compiled_products_stay_in_registers(host, bits, storage, product)
         assert product in body
 
 
+@pytest.mark.parametrize("block", [16, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stretches_of_keys(rng, dtype, block):
+    """Masks whose rows attend one stretch each, empty rows and ends within a vector included."""
+    for _ in range(4):
+        shift, width, step = (int(rng.integers(low, 90)) for low in (-60, 1, 2))
+
+        def window(b, h, q_idx, kv_idx, shift=shift, width=width, step=step):
+            middle = q_idx - kv_idx + shift
+            return (middle.abs() < width) & (kv_idx > h) & (q_idx % step != 1)
+
+        for score_mod in (None, alibi):
+            check(*tensors(some_sizes(rng, (32, 32)), dtype), score_mod, window, slack=4,
+                  block=block)
+
+
 def test_no_masked_stores():
     """They take AMD's processors a dozen cycles each with AVX2."""
     host = compile.Host("x86_64-unknown-linux-gnu", "znver3", "")

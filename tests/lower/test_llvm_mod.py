@@ -14,7 +14,7 @@ from torch import Tensor
 from flexattn.ir.evaluate import evaluate
 from flexattn.ir.graph import Capture, Graph, Node, cast, const, index_input, node
 from flexattn.ir.ops import DTYPES, FLOATS, Op, dtype_name
-from flexattn.lower.llvm_mod import COLUMN, ELEMENT, ROW, Levels
+from flexattn.lower.llvm_levels import COLUMN, ELEMENT, ROW, Levels
 from tests.lower.harness import index_inputs, rows
 
 I64 = torch.int64

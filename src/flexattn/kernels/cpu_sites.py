@@ -71,6 +71,14 @@ class KernelMod(Protocol):
 
     def per_vector(self, e: Emitter, site: VectorSite, score: Value | None) -> Value: ...
 
+    @property
+    def is_stretch(self) -> bool:
+        """Whether a mask attends one stretch of keys in each row. The kernel then asks for
+        row_stretch alone: its first key, and the one after its last (or any before that)."""
+        ...
+
+    def row_stretch(self, e: Emitter, site: RowSite) -> tuple[Value, Value]: ...
+
 
 @dataclass(frozen=True)
 class GradientSite(RowSite):

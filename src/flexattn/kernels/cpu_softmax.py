@@ -10,9 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from flexattn.kernels.cpu_dsl import Emitter, Function, Module, Value, const, i64
+from flexattn.kernels.cpu_dsl import (
+    Emitter,
+    Function,
+    Module,
+    Value,
+    const,
+    const_vector,
+    i64,
+)
 from flexattn.kernels.cpu_frame import LOG2_E, PLACE, Arguments, Frame, Place
 from flexattn.kernels.cpu_sites import ColumnSite, KernelMod, RowSite, VectorSite
+
+_WORDS = 8  # words of bits made at once
 
 
 class Injected:
@@ -40,6 +50,12 @@ class Injected:
         self._row = RowSite(place.b, place.h, e.add(place.q_start, row), *self._tables)
         self._row_values = self._mod.per_row(e, self._row)
 
+    def row_stretch(self, row: Value) -> tuple[Value, Value]:
+        """The row's first attended key, and the one after its last."""
+        e, place = self._e, self._place
+        site = RowSite(place.b, place.h, e.add(place.q_start, row), *self._tables)
+        return self._mod.row_stretch(e, site)
+
     def emit(self, column: Value, attended: Value, score: Value | None) -> Value:
         """The mod on one vector of the row's scores."""
         e = self._e
@@ -59,17 +75,20 @@ def emit_attend(module: Module, frame: Frame, names: Sequence[str],
     column arrays the mask keeps."""
     e = module.function("attend", ["ptr", "ptr", *PLACE, "i1"])
     scratch, place, whole = e.params[1], Place(*e.params[2:-1]), e.params[-1]
-    mod, arrays = None, 0
+    mod, arrays, attend_row = None, 0, _attend_stretch
     if mask is not None:
         mod = Injected(e, mask, "mask", Arguments(e, e.params[0], names), place)
-        arrays = mod.hoist_columns(frame.array(e, scratch, "columns"), frame.column_array_bytes)
+        if not mask.is_stretch:
+            arrays = mod.hoist_columns(frame.array(e, scratch, "columns"),
+                                       frame.column_array_bytes)
+            attend_row = _attend_row
     first, last = (frame.array(e, scratch, n) for n in ("first", "last"))
     bits = frame.array(e, scratch, "attended")
     with e.loop(place.rows, frame.tile.tile_q) as row:
         e.store(place.width, first, row.index)
         e.store(i64(0), last, row.index)
     with e.loop(0, place.rows) as row:
-        start, end = _attend_row(e, frame, place, bits, row.index, mod, whole)
+        start, end = attend_row(e, frame, place, bits, row.index, mod, whole)
         e.store(e.and_(start, i64(-frame.columns)), first, row.index)
         e.store(e.and_(e.add(end, i64(frame.columns - 1)), i64(-frame.columns)), last, row.index)
     frame.row_panels(e, place.rows, lambda row, count: _join(e, first, last, row, count))
@@ -77,20 +96,42 @@ def emit_attend(module: Module, frame: Frame, names: Sequence[str],
     return e.function, arrays
 
 
+def _attend_stretch(e: Emitter, frame: Frame, place: Place, bits: Value, row: Value,
+                    mod: Injected | None, whole: Value) -> tuple[Value, Value]:
+    """Bits of one row that attends one stretch of columns; where that begins and ends."""
+    start, end = place.skip, place.count
+    if mod is not None:
+        low, high = (e.sub(key, place.kv_start) for key in mod.row_stretch(row))
+        start = e.select(whole, start, e.max(start, low))
+        end = e.select(whole, end, e.min(end, high))
+    some = e.compare("slt", start, end)
+    start, end = e.select(some, start, place.width), e.select(some, end, i64(0))
+    first, after = (e.splat(e.cast("trunc", x, "i32"), _WORDS) for x in (start, end))
+    after = e.max(after, first)
+    zero, lanes, one = (const(first.type, x) for x in (0, e.lanes, 1))
+    with e.loop(0, place.width, _WORDS * e.lanes) as loop:
+        column = e.add(e.splat(e.cast("trunc", loop.index, "i32"), _WORDS),
+                       const_vector("i32", [i * e.lanes for i in range(_WORDS)]))
+        ends = [e.op("shl", one, e.min(e.max(e.sub(x, column), zero), lanes))
+                for x in (first, after)]
+        words = e.cast("trunc", e.sub(ends[1], ends[0]), f"<{_WORDS} x i16>")
+        e.store(words, bits_at(e, frame, bits, row, loop.index))
+    return start, end
+
+
 def _attend_row(e: Emitter, frame: Frame, place: Place, bits: Value, row: Value,
                 mod: Injected | None, whole: Value) -> tuple[Value, Value]:
     """Bits of one row; the columns from the first to after the last vector with one set."""
-    if mod is not None:
-        mod.hoist_row(row)
-        ignore = e.splat(whole)
+    assert mod is not None
+    mod.hoist_row(row)
+    ignore = e.splat(whole)
     with e.loop(0, place.width, e.lanes, [place.width, i64(0)]) as loop:
         low, high = (e.splat(e.cast("trunc", e.sub(bound, loop.index), "i32"))
                      for bound in (place.skip, place.count))
         lane = e.lane_ids("i32")
         attended = e.and_(e.compare("sge", lane, low), e.compare("slt", lane, high))
-        if mod is not None:
-            allowed = mod.emit(loop.index, attended, None)
-            attended = e.and_(attended, e.or_(allowed, ignore))
+        allowed = mod.emit(loop.index, attended, None)
+        attended = e.and_(attended, e.or_(allowed, ignore))
         e.store_bits(attended, bits_at(e, frame, bits, row, loop.index))
         some = e.any(attended)
         start = e.select(some, loop.index, place.width)
@@ -102,7 +143,7 @@ def _attend_row(e: Emitter, frame: Frame, place: Place, bits: Value, row: Value,
 def bits_at(e: Emitter, frame: Frame, bits: Value, row: Value, column: Value) -> Value:
     """Two bytes for each vector of scores."""
     at = e.add(e.mul(row, i64(frame.tile.tile_kv)), column)
-    return e.at(bits, e.op("sdiv", at, i64(e.lanes)), "i16")
+    return e.at(bits, e.op("lshr", at, i64(e.lanes.bit_length() - 1)), "i16")
 
 
 def _join(e: Emitter, first: Value, last: Value, row: Value, count: int) -> None:

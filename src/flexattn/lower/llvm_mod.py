@@ -17,24 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from operator import add, neg, sub
 from struct import pack, unpack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexattn.ir.graph import Graph, Node, const, node
+from flexattn.ir.graph import Graph, Node
 from flexattn.ir.ops import COMPARISON, Op
 from flexattn.lower.integer_ranges import integer_ranges
 from flexattn.lower.llvm import compute
 from flexattn.lower.llvm_lanes import Lanes, Value, width
+from flexattn.lower.llvm_levels import ROW, Levels
 from flexattn.lower.llvm_load import ROW_VALUES, column_load, row_load
+from flexattn.lower.llvm_stretch import find_stretch
 
 FAULT_WORDS = 8  # claimed, b, h, q_idx, kv_idx, the score's bits as a double; two are unused
-ROW, COLUMN, ELEMENT = range(3)
 OUTSIDE = "outside"  # key of: which of the reads made for the row, or columns, were out of range
-_CHEAP = 3  # operations below which a column's value is recomputed for each row
 
 _NOTHING = torch.zeros(8, dtype=torch.int64)  # what captured tensors without elements point at
 
@@ -50,83 +49,6 @@ def argument_words(captures: Sequence[Tensor],
             table += [_NOTHING.data_ptr(), *[0] * (2 * t.dim())]
     return table, [unpack("q", pack("d", x))[0] if isinstance(x, float) else int(x)
                    for x in numbers]
-
-
-class Levels:
-    """What each node of a graph depends on."""
-
-    def __init__(self) -> None:
-        self._inputs: dict[Node, frozenset[str]] = {}
-        self._affine: dict[Node, int | None] = {}
-        self._cost: dict[Node, int] = {}
-        self._at_column_0: dict[Node, Node] = {}
-
-    def _depends(self, n: Node) -> frozenset[str]:
-        if n not in self._inputs:
-            own = frozenset([n.attr] if n.op is Op.INPUT else [])
-            self._inputs[n] = own.union(*map(self._depends, n.args)) - {"b", "h"}
-        return self._inputs[n]
-
-    def level(self, n: Node) -> int:
-        """ROW: a scalar of the row; COLUMN: depends on kv_idx and no row; or ELEMENT."""
-        depends = self._depends(n)
-        if depends <= {"q_idx"}:
-            return ROW
-        return COLUMN if depends == {"kv_idx"} else ELEMENT
-
-    def is_hoisted(self, n: Node) -> bool:
-        """A column's value worth keeping in memory for all rows of a tile."""
-        return self.level(n) is COLUMN and self._operations(n) >= _CHEAP
-
-    def _operations(self, n: Node) -> int:
-        if self.level(n) is ROW or n.op is Op.INPUT:
-            return 0
-        if n not in self._cost:
-            own = _CHEAP if n.op is Op.LOAD else 1
-            self._cost[n] = own + sum(map(self._operations, n.args))
-        return self._cost[n]
-
-    def cheaper(self, n: Node) -> Node:
-        """A score divided by a constant as a product, within an ulp. Not so an index, whose
-        quotient may be rounded to an integer."""
-        if n.op is not Op.DIV or n.dtype is not torch.float32 or not n.args[1].is_const:
-            return n
-        x, divisor = n.args[0], n.args[1].attr
-        if not self._depends(x) & {"score", "grad"} or not 1e-30 < abs(divisor) < 1e30:
-            return n
-        return node(Op.MUL, x, const(1 / divisor, n.dtype), dtype=n.dtype)
-
-    def affine(self, n: Node) -> int | None:
-        """c of an int64 node that is c * kv_idx plus a scalar of the row; None for others."""
-        if n not in self._affine:
-            self._affine[n] = self._coefficient(n)
-        return self._affine[n]
-
-    def _coefficient(self, n: Node) -> int | None:
-        if self.level(n) is ROW:
-            return 0
-        if n.op is Op.INPUT:
-            return 1 if n.attr == "kv_idx" else None
-        if n.op not in (Op.NEG, Op.ADD, Op.SUB, Op.MUL) or n.dtype is not torch.int64:
-            return None
-        parts = [c for c in map(self.affine, n.args) if c is not None]
-        if len(parts) < len(n.args):
-            return None
-        if n.op is Op.MUL:
-            scaled = [c * k.attr for c, k in zip(parts, n.args[::-1], strict=True) if k.is_const]
-            return scaled[0] if scaled else None
-        return neg(*parts) if n.op is Op.NEG else (add if n.op is Op.ADD else sub)(*parts)
-
-    def at_column_0(self, n: Node) -> Node:
-        """An affine node with kv_idx = 0: the scalar of the row that it adds."""
-        if self.level(n) is ROW:
-            return n
-        if n.op is Op.INPUT:
-            return const(0, torch.int64)
-        if n not in self._at_column_0:
-            args = map(self.at_column_0, n.args)
-            self._at_column_0[n] = node(n.op, *args, dtype=n.dtype, attr=n.attr)
-        return self._at_column_0[n]
 
 
 @dataclass(frozen=True)
@@ -154,6 +76,7 @@ class LlvmMod:
         differs by it: use few values, say 2**15, 2**30 and 2**62."""
         self.graph, self.levels = graph, Levels()
         self.ranges = integer_ranges(graph.nodes, index_bound)
+        self._stretch = find_stretch(graph, self.levels, self.ranges)
         self._keys: tuple[list[Hashable], list[Hashable]] | None = None
 
     def per_row(self, e: Any, site: Any) -> Sequence[Value]:
@@ -175,6 +98,17 @@ class LlvmMod:
         attended = site.attended if score is not None else e.and_(site.attended, result)
         code.report(attended, site.row.fault, score)
         return result
+
+    @property
+    def is_stretch(self) -> bool:
+        """Whether row_stretch says all of a mask."""
+        return self._stretch is not None
+
+    def row_stretch(self, e: Any, site: Any) -> tuple[Value, Value]:
+        assert self._stretch is not None
+        code = Code(self, e, Position.of(site))
+        return self._stretch.ends(e, lambda n: code.scalars.resize(code.scalar(n), "i64"),
+                                  code.scalar)
 
     def vector_code(self, e: Any, site: Any) -> Code:
         """Code of one vector of scores: to be given inputs, then asked for outputs."""
