@@ -200,7 +200,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     q, k, v = query.shape, key.shape, value.shape
     q_heads, kv_heads = q[1], k[1]
-    remedy = None
+    remedy = ""
     if k[:3] != v[:3]:
         what = "key and value do not fit together."
         expected = "the same batch, heads and length"
