@@ -18,7 +18,9 @@ from flexattn import (
     mods,
 )
 from flexattn import compile as native
-from flexattn.runtime import cpu_call
+from flexattn.block_mask import undivided
+from flexattn.runtime import cpu_call, operator
+from flexattn.trace import trace_mask_mod
 from flexattn.trace.written import bind, write
 
 
@@ -101,6 +103,26 @@ def test_block_masks_made_inside(name):
 
     same(torch.compile(attend, backend="aot_eager", fullgraph=True), attend, [q, k, v, table],
          q, k, v)
+
+
+def test_masks_that_share_a_table_keep_their_own_mods():
+    """Decoding's masks: nobody looked at their blocks, and the tables of two steps are the same."""
+    compiled = torch.compile(flex_attention, backend="aot_eager", fullgraph=True)
+    q = torch.randn(2, 2, 1, 16)
+    k, v = torch.randn(2, 2, 2, 300, 16)
+    found = []
+    for _ in range(3):
+        real = torch.rand(2, 300) < 0.5
+        mask = undivided(lambda b, h, i, j, real=real: real[b, j], 2, 1, 300, "cpu")
+        found.append(mask.rows().offsets)
+        wanted = nn.functional.scaled_dot_product_attention(q, k, v, real[:, None, None])
+        torch.testing.assert_close(compiled(q, k, v, block_mask=mask), wanted)
+        table, sizes = mask.rows(), [1, 1, 128, 128, 2, 1, 1, 300, 1]
+        inside = operator._block_mask([table.offsets, table.start, table.end, table.full], sizes,
+                                      (write(trace_mask_mod(mask.mask_mod)).text, [real], []))
+        assert torch.equal(inside.traced(real.device).captures[0], real)
+        assert inside.regrid(16, 64).rows().end.tolist() == [5]
+    assert all(one is found[0] for one in found)
 
 
 def test_masks_by_batch_and_head_made_inside():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexattn.block_mask import BlockMask
+from flexattn.block_mask import BlockMask, UndividedMask
 from flexattn.dynamo import with_mods
 from flexattn.errors import ArgumentError, DeviceError, DtypeError, ShapeError, message
 from flexattn.runtime import operator  # noqa: F401  the operators that dynamo calls
@@ -141,8 +141,10 @@ def _by_operator(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable 
         table, mask_mod = block_mask.table, block_mask.element_mod()
         runs = [table.offsets, table.start, table.end, table.full]
         runs += [] if table.runs is None else [table.runs]
-        sizes = [table.batch, table.heads, table.row_block, table.col_block, *block_mask.shape]
-    out, lse, top = with_mods("attention", query, score_dtype(query), score_mod, mask_mod, query,
+        sizes = [table.batch, table.heads, table.row_block, table.col_block, *block_mask.shape,
+                 1 if isinstance(block_mask, UndividedMask) else 0]
+    name = "attention.masked" if runs else "attention"
+    out, lse, top = with_mods(name, query, score_dtype(query), score_mod, mask_mod, query,
                               key, value, runs, sizes, scale, aux.max_scores)
     return Result(out, lse if aux.lse else None, top if aux.max_scores else None)
 

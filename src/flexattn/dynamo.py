@@ -1,11 +1,11 @@
 """Mods under torch.compile: Dynamo reads a mod, we trace what it read, one operator remains.
 
 In: `with_mods(name, like, dtype, score_mod, mask_mod, *args)` met by Dynamo in a function it
-compiles. Out: in its graph, one call of `torch.ops.flexattn.<name>` with *args, the text of both
-mods (trace.written), the tensors they capture and their symbolic numbers. Dynamo runs the mods on
-0-d tensors of its own under its guards (so closures, modules and parameters are followed, and a
-change recompiles or becomes an input); the small graph it makes of each is run on our proxies.
-What a mod computes from captured tensors alone becomes part of the caller's graph.
+compiles. Out: in its graph, one call of our operator `name` (runtime.operator) with *args, the text
+of both mods (trace.written), and the tensors and numbers they capture. Dynamo runs the mods on 0-d
+tensors of its own under its guards (so closures, modules and parameters are followed, and a change
+recompiles or becomes an input); the small graph it makes of each is run on our proxies. What a mod
+computes from captured tensors alone becomes part of the caller's graph.
 Rejects what the tracer rejects, and, as a graph break, what Dynamo cannot read.
 
 Dynamo's classes are not public: torch 2.11 and 2.13 were tried.
@@ -61,11 +61,17 @@ class _WithMods(HigherOrderOperator):
         captures = [[*mod.captures, *(torch.scalar_tensor(n, dtype=torch.float64,
                                                           device=like.device) for n in mod.reals)]
                     for mod in (score, mask)]
-        return getattr(torch.ops.flexattn, name)(
-            *args, score.text, mask.text, *captures, [*score.whole, *mask.whole])
+        return _operator(name)(*args, score.text, mask.text, *captures,
+                               [*score.whole, *mask.whole])
 
 
 with_mods = _WithMods()
+
+
+def _operator(name: str) -> Any:
+    """"attention", or "attention.masked" for an overload."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.flexattn, packet), overload or "default")
 
 
 def _register() -> None:
@@ -93,9 +99,9 @@ def _variable_class() -> type:
                               explanation=str(error), hints=[])
             mods = (score.text, mask.text, [*score.captures, *score.reals],
                     [*mask.captures, *mask.reals], [*score.whole, *mask.whole])
+            given = (*(arg.as_proxy() for arg in rest), *mods)
             proxy = tx.output.create_proxy(
-                "call_function", getattr(torch.ops.flexattn, name.as_python_constant()).default,
-                (*(arg.as_proxy() for arg in rest), *mods), {})
+                "call_function", _operator(name.as_python_constant()), given, {})
             return wrap_fx_proxy(tx=tx, proxy=proxy)
 
     return WithModsVariable

@@ -19,6 +19,7 @@ from flexattn.trace.written import bind, count_whole, needs_gradient, reads, wri
 
 ATTENTION = torch.ops.flexattn.attention.default
 BACKWARD = torch.ops.flexattn.attention_backward.default
+MASKED = torch.ops.flexattn.attention.masked
 
 
 def written(mod, dtype=torch.float32):
@@ -34,7 +35,7 @@ def arguments(length=12, dtype=torch.float32, grad=True, mod=None, mask=None):
         made = create_block_mask(mask, None, None, length, length, BLOCK_SIZE=8)
         table = made.rows()
         runs = [table.offsets, table.start, table.end, table.full]
-        sizes = [1, 1, 8, 8, 1, 1, length, length]
+        sizes = [1, 1, 8, 8, 1, 1, length, length, 0]
         of_mask = write(trace_mask_mod(mask))
     return (q, k, v, runs, sizes, 0.25, True, score.text if score else "",
             of_mask.text if of_mask else "", list(score.captures) if score else [],
@@ -54,7 +55,28 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name):
     """Schema, fake kernel, autograd registration, under AOT with static and dynamic shapes."""
-    torch.library.opcheck(ATTENTION, arguments(**CASES[name]))
+    operator = MASKED if "mask" in CASES[name] else ATTENTION
+    torch.library.opcheck(operator, arguments(**CASES[name]))
+
+
+def test_calls_with_a_block_mask_stay_out_of_cuda_graphs():
+    """What is derived of its table depends on the table's values, which a graph would replay."""
+    unsafe = torch.Tag.cudagraph_unsafe
+    packets = (torch.ops.flexattn.attention, torch.ops.flexattn.attention_backward)
+    assert all(unsafe in op.masked.tags and unsafe not in op.default.tags for op in packets)
+    assert unsafe in torch.ops.flexattn.block_runs.default.tags
+    found = []
+
+    def backend(graph, inputs):
+        found.extend(n.target for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    q = torch.randn(1, 1, 20, 16)
+    mask = create_block_mask(masks.causal, None, None, 20, 20)
+    torch.compile(flex_attention, backend=backend, fullgraph=True)(q, q, q, block_mask=mask)
+    assert MASKED in found and ATTENTION not in found
+    torch.compile(flex_attention, backend=backend, fullgraph=True)(q, q, q)
+    assert ATTENTION in found
 
 
 def test_opcheck_of_backward():

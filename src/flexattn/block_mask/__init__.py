@@ -8,4 +8,4 @@ from flexattn.block_mask.tree import register
 for _kind in (BlockMask, SettledMask, UndividedMask):
     register(_kind)
 
-__all__ = ["BlockMask", "create_block_mask", "create_mask", "settled", "undivided"]
+__all__ = ["BlockMask", "UndividedMask", "create_block_mask", "create_mask", "settled", "undivided"]

@@ -4,6 +4,10 @@ In: query, key and value (or sizes), the text of the mods (trace.written) and wh
 Out: out, lse and max_scores (empty unless wanted), differentiable; or a block mask's table of runs.
 torch.compile, torch.export, selective checkpointing and fake tensors see these operators; eager
 calls bypass them. Backward of backward is refused by torch, since the backward operator has none.
+
+CUDA graphs: what is derived of a block mask's table depends on its values, which a graph would
+replay. Calls with a table are overloads of their own, `attention.masked`, that say so: compilers
+launch them between graphs.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from torch import Tensor
 from flexattn.analysis.block_sparsity import grid_of, mask_runs
 from flexattn.analysis.runs import RunTable, all_partial, broadcast_rows
 from flexattn.analysis.undecided import Grid
-from flexattn.block_mask import BlockMask
+from flexattn.block_mask import BlockMask, UndividedMask
 from flexattn.block_mask.bounded import bounded_runs
 from flexattn.runtime.autograd import kernels
 from flexattn.runtime.call import Call, Result, like_query
@@ -28,13 +32,15 @@ _INPUTS = ("Tensor query, Tensor key, Tensor value, Tensor[] runs, SymInt[] size
            f"bool want_max_scores, {_MODS}")
 _library = torch.library.Library("flexattn", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
-_library.define(f"attention({_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
-_library.define("attention_backward(Tensor d_out, Tensor? d_lse, Tensor out, Tensor lse, "
-                f"{_INPUTS}) -> Tensor[]", tags=_TAGS)
+_BETWEEN_GRAPHS = (*_TAGS, torch.Tag.cudagraph_unsafe)
+for _overload, _tags in (("", _TAGS), (".masked", _BETWEEN_GRAPHS)):
+    _library.define(f"attention{_overload}({_INPUTS}) -> (Tensor, Tensor, Tensor)", tags=_tags)
+    _library.define(f"attention_backward{_overload}(Tensor d_out, Tensor? d_lse, Tensor out, "
+                    f"Tensor lse, {_INPUTS}) -> Tensor[]", tags=_tags)
 _library.define("block_runs(SymInt batch, SymInt heads, SymInt q_len, SymInt kv_len, "
                 "SymInt q_block, SymInt kv_block, bool separate_full_blocks, int max_runs, "
                 f"Device device, {_MODS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-                tags=_TAGS)
+                tags=_BETWEEN_GRAPHS)
 
 
 # Attention
@@ -53,17 +59,19 @@ def _call(query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Tensor], siz
 
 
 def _block_mask(runs: Sequence[Tensor], sizes: Sequence[int], of_mask: Any) -> BlockMask:
-    """The block mask of a table; kept with the table, so that what is derived from it is, too."""
-    table = runs[0]
-    found = getattr(table, "_flexattn_block_mask", None)
+    """The block mask of a table; kept with the table, so that what is derived from it is, too.
+    Undivided masks share tables, and derive nothing of what their mask_mod says."""
+    batch, heads, row_block, col_block, mask_batch, mask_heads, q_len, kv_len, undivided = sizes
+    offsets, start, end, full, *count = runs
+    found = None if undivided else getattr(offsets, "_flexattn_block_mask", None)
     if found is None:
-        batch, heads, row_block, col_block, mask_batch, mask_heads, q_len, kv_len = sizes
-        offsets, start, end, full, *found = runs
         rows = RunTable(offsets, start, end, full, batch, heads, -(-q_len // row_block),
-                        row_block, col_block, found[0] if found else None)
-        found = BlockMask(rows, (q_len, kv_len), (mask_batch, mask_heads), Replayed(*of_mask),
-                          proved=True)
-        table._flexattn_block_mask = found  # type: ignore[attr-defined]
+                        row_block, col_block, count[0] if count else None)
+        kind = UndividedMask if undivided else BlockMask
+        found = kind(rows, (q_len, kv_len), (mask_batch, mask_heads), Replayed(*of_mask),
+                     proved=True)
+        if not undivided:
+            offsets._flexattn_block_mask = found  # type: ignore[attr-defined]
     return found
 
 
@@ -115,7 +123,8 @@ def _autograd(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, _: Any) -> t
     runs, score_captures, mask_captures = _split(rest, ctx.lengths)
     head, whole = ctx.plain
     d_out = torch.zeros_like(out) if d_out is None else d_out
-    d_query, d_key, d_value, *found = torch.ops.flexattn.attention_backward(
+    of_backward = torch.ops.flexattn.attention_backward
+    d_query, d_key, d_value, *found = (of_backward.masked if runs else of_backward.default)(
         d_out, d_lse, out, lse, query, key, value, runs, *head, score_captures, mask_captures,
         whole)
     given = iter(found)
@@ -173,9 +182,12 @@ def _block_runs_fake(batch: int, heads: int, q_len: int, kv_len: int, q_block: i
 
 
 for _name, _kernel, _fake in (("attention", _forward, _forward_fake),
+                              ("attention.masked", _forward, _forward_fake),
                               ("attention_backward", _backward, _backward_fake),
+                              ("attention_backward.masked", _backward, _backward_fake),
                               ("block_runs", _block_runs, _block_runs_fake)):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"flexattn::{_name}", _fake, lib=_library)
-torch.library.register_autograd("flexattn::attention", _autograd, setup_context=_setup_context,
-                                lib=_library)
+for _name in ("attention", "attention.masked"):
+    torch.library.register_autograd(f"flexattn::{_name}", _autograd,
+                                    setup_context=_setup_context, lib=_library)
