@@ -137,24 +137,44 @@ def _unpacked(data: bytes) -> Binary:
 
 def compiled(source: Source, target: Target) -> Binary:
     """Compiles without looking at our caches."""
-    import triton
+    stages, known = _lowered(source, target)
+    *_, code = stages.values()
+    assert not known["global_scratch_size"] if target.backend == "cuda" else True
+    layout = (_ptx_layout(stages["ptx"]) if target.backend == "cuda"
+              else _layout(source.signature.values()))
+    texts = {stage: text for stage, text in stages.items() if isinstance(text, str)}
+    return Binary(known["name"], code, layout, known["shared"],
+                  known["num_warps"] * target.warp_size, texts)
+
+
+def _lowered(source: Source, target: Target) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What each stage of Triton's compiler gives, machine code last, and what it says of it.
+
+    triton.compile would first read and hash all of Triton (half a gigabyte, a fifth of the time of
+    a kernel) for a cache of its own.
+    """
+    from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler.compiler import ASTSource, make_backend
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     kind = GluonASTSource if isinstance(source.kernel, GluonJITFunction) else ASTSource
     attributes = {path: [["tt.divisibility", size]] for path, size in source.aligned.items()}
-    made = triton.compile(
-        kind(source.kernel, dict(source.signature), dict(source.constants), attributes),
-        target=GPUTarget(target.backend, target.arch, target.warp_size),
-        options=dict(source.options))
-    known = made.metadata
-    assert not known.global_scratch_size if target.backend == "cuda" else True
-    layout = (_ptx_layout(made.asm["ptx"]) if target.backend == "cuda"
-              else _layout(source.signature.values()))
-    texts = {stage: text for stage, text in made.asm.items() if isinstance(text, str)}
-    return Binary(known.name, made.kernel, layout, known.shared,
-                  known.num_warps * target.warp_size, texts)
+    program = kind(source.kernel, dict(source.signature), dict(source.constants), attributes)
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    backend = make_backend(gpu)
+    options = backend.parse_options({**source.options, **program.parse_options()})
+    lower: dict[str, Any] = {}
+    backend.add_stages(lower, options, program.language)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = program.make_ir(gpu, options, backend.get_codegen_implementation(options),
+                             backend.get_module_map(), context)
+    known, made = dict(vars(options)), {}
+    for stage in list(lower)[list(lower).index(program.ext):]:
+        module = made[stage] = lower[stage](module, known)
+    return made, known
 
 
 # The parameters' layout
