@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flexattn import create_block_mask, flex_attention, masks
-from flexattn.block_mask.bounded import room_for
+from flexattn.block_mask.bounded import bounded_columns, room_for
 from flexattn.errors import ArgumentError
 
 
@@ -64,7 +64,7 @@ def test_tiles_of_kernels_have_enough_room(tile, by_columns):
 
 
 def test_room_grows_with_the_tiles():
-    table = causal(320, max_runs=50).table
-    assert room_for(table, 16, 16, False, 20) >= 50
-    assert room_for(table, 8, 4, False, 20) >= 2 * 4 * 50
-    assert room_for(table, 16, 16, True, 60) >= 3 * 50
+    mask = causal(320, max_runs=50)
+    assert room_for(mask.table, 16, 16) >= 50
+    assert room_for(mask.table, 8, 4) >= 2 * 4 * 50
+    assert len(bounded_columns(mask.table, 60).start) >= 3 * 50

@@ -123,7 +123,7 @@ def test_too_many_runs_are_an_error_of_a_later_call():
 def test_in_a_cuda_graph():
     """Mask and attention of documents that change between replays."""
     ids = torch.arange(2048, device=GPU) // 300
-    q, k, v = (torch.randn(1, 2, 2048, 64, device=GPU, dtype=torch.float16) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 2048, 64, device=GPU) for _ in range(3))
 
     def step():
         return flex_attention(q, k, v, block_mask=with_room(ids))

@@ -15,7 +15,13 @@ from flexattn.analysis.block_sparsity import grid_of, mask_sparsity
 from flexattn.analysis.runs import all_partial, kinds_of_runs, transposed
 from flexattn.errors import ArgumentError
 from flexattn.reference import attention
-from flexattn.runtime import gpu_launch, gpu_tables, launch_block_mask, launch_gpu
+from flexattn.runtime import (
+    gpu_launch,
+    gpu_tables,
+    launch_block_mask,
+    launch_block_runs,
+    launch_gpu,
+)
 from flexattn.trace import specialize, trace_mask_mod
 from tests.analysis.library import LIBRARY
 from tests.analysis.random_masks import RandomMask
@@ -67,10 +73,10 @@ def equal(x, y):
                for name in ("offsets", "start", "end", "full"))
 
 
-@pytest.mark.parametrize("at_once", [1 << 28, 40])
+@pytest.mark.parametrize("at_once", [1 << 28, 80, 40])
 def test_table_is_that_of_the_other_way(at_once, monkeypatch, seed):
     """Also in strips, by columns, and without full blocks."""
-    monkeypatch.setattr(launch_block_mask, "_AT_ONCE", at_once)
+    monkeypatch.setattr(launch_block_runs, "AT_ONCE", at_once)
     torch.manual_seed(seed)
     ids = torch.randint(0, 9, (2, 300)).sort(-1).values
     mod, grid = traced(masks.causal_document(ids), (2, 3, 300, 300), (32, 48))
@@ -78,7 +84,7 @@ def test_table_is_that_of_the_other_way(at_once, monkeypatch, seed):
     assert equal(launch_block_mask.runs(mod, grid, CPU), wanted)
     merged = launch_block_mask.runs(mod, grid, CPU, separate=False)
     assert equal(merged, all_partial(wanted, grid.columns))
-    turned = launch_block_mask.runs(mod, grid, CPU, by_columns=True)
+    turned = launch_block_mask.turned(wanted, grid.columns)
     if at_once < grid.rows * grid.columns:
         assert isinstance(turned, str)
     else:

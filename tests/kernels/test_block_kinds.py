@@ -8,7 +8,7 @@ import torch
 from flexattn import masks
 from flexattn.analysis.block_sparsity import grid_of
 from flexattn.compile_triton import Target, compiled
-from flexattn.runtime import launch_block_mask
+from flexattn.runtime import launch_block_mask, launch_block_runs
 from flexattn.trace import specialize, trace_mask_mod
 
 TARGETS = {"sm_80": Target("cuda", 80, 32), "sm_90": Target("cuda", 90, 32),
@@ -40,10 +40,11 @@ def test_kinds(name, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_runs(target):
-    for name, types in (("count_runs", launch_block_mask._COUNT),
-                        ("write_runs", launch_block_mask._WRITE),
-                        ("write_runs", launch_block_mask._WRITE_BOUNDED)):
-        assert compiled(launch_block_mask._source(name, types), TARGETS[target]).code
+    for name, types in (("count_runs", launch_block_runs.COUNT),
+                        ("write_runs", launch_block_runs.WRITE),
+                        ("write_runs", launch_block_runs.WRITE_BOUNDED),
+                        ("paint", launch_block_runs.PAINT)):
+        assert compiled(launch_block_runs.source(name, types), TARGETS[target]).code
 
 
 def test_other_lengths_and_values_are_no_new_kernel():

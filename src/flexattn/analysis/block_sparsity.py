@@ -31,23 +31,27 @@ from flexattn.analysis.runs import (
     run_table,
     runs_of_kinds,
     stacked,
+    transposed,
 )
 from flexattn.analysis.undecided import Found, Grid, Undecided
 from flexattn.ir.evaluate import evaluate
 from flexattn.ir.mod import Mod
 
 __all__ = ["EMPTY", "FULL", "PARTIAL", "RunTable", "Sparsity", "element_mask", "grid_of",
-           "kinds_of_runs", "mask_runs", "mask_sparsity", "runs_of_kinds"]
+           "kinds_of_runs", "mask_runs", "mask_sparsity", "runs_of_kinds", "turned_runs"]
 
 
 class Solver(Protocol):
     """What finds the runs of a mask in a device's own way."""
 
     def runs(self, mod: Mod, grid: Grid, device: torch.device, max_runs: int | None = None,
-             separate: bool = True, by_columns: bool = False) -> RunTable | str:
-        """The table, or why it has to be found step by step. max_runs: waits for no result of the
-        device, `start`, `end` and `full` have this many places. separate: False calls full blocks
-        partial. by_columns: the table's rows are columns of blocks."""
+             separate: bool = True) -> RunTable | str:
+        """The table, or why it has to be found step by step. max_runs: room for so many runs, and
+        no wait for the device. separate: False calls full blocks partial."""
+
+    def turned(self, table: RunTable, columns: int, max_runs: int | None = None
+               ) -> RunTable | str:
+        """The same blocks as rows of `columns` columns, or why not in this way."""
 
     def check(self, device: torch.device) -> None:
         """Raises ArgumentError where a table had more than max_runs; waits for nothing."""
@@ -96,6 +100,13 @@ def mask_runs(mod: Mod, grid: Grid, device: torch.device) -> RunTable:
     """The exact blocks of a mask, in the device's own way where it has one."""
     found = SOLVERS[device.type]().runs(mod, grid, device) if device.type in SOLVERS else ""
     return _Refinement(mod, grid, device).sparsity().table if isinstance(found, str) else found
+
+
+def turned_runs(table: RunTable, columns: int) -> RunTable:
+    """The same blocks as rows of `columns` columns."""
+    device = table.offsets.device.type
+    found = SOLVERS[device]().turned(table, columns) if device in SOLVERS else ""
+    return transposed(table, columns) if isinstance(found, str) else found
 
 
 def mask_sparsity(mod: Mod, grid: Grid, device: torch.device) -> Sparsity:

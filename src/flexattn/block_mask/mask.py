@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from flexattn.analysis.block_sparsity import grid_of, mask_runs
+from flexattn.analysis.block_sparsity import grid_of, mask_runs, turned_runs
 from flexattn.analysis.runs import (
     EMPTY,
     FULL,
@@ -28,10 +28,9 @@ from flexattn.analysis.runs import (
     runs_of_kinds,
     segments,
     take_rows,
-    transposed,
 )
 from flexattn.block_mask.arguments import BlockSize, MaskMod, checked_block_size, positions
-from flexattn.block_mask.bounded import bounded_runs, room_for
+from flexattn.block_mask.bounded import bounded_columns, bounded_runs, room_for
 from flexattn.block_mask.evidence import Evidence, evidence
 from flexattn.block_mask.listing import Listings, checked_lists, kinds_of_lists
 from flexattn.block_mask.moved import inside_blocks, joined, negated, sliced
@@ -85,7 +84,7 @@ class BlockMask(Listings, Pictures):
     def columns(self) -> RunTable:
         """Runs of query blocks, for each column of key blocks."""
         if self._columns is None:
-            self._columns = transposed(self.rows(), self._num_columns)
+            self._columns = turned_runs(self.rows(), self._num_columns)
         return self._columns
 
     def traced(self, device: torch.device) -> Mod:
@@ -109,12 +108,13 @@ class BlockMask(Listings, Pictures):
         if self.table.runs is None:
             fine = self.regrid(tile_q, tile_kv)
             return fine.columns() if by_columns else fine.rows()
-        if (tile_q, tile_kv, by_columns) == (*self.BLOCK_SIZE, False):
-            return self.table
-        mod = self.traced(self.device)
-        room = room_for(self.table, tile_q, tile_kv, by_columns, self._num_columns)
-        return bounded_runs(mod, grid_of(mod, *self.shape, tile_q, tile_kv), self.device, room,
-                            by_columns=by_columns)
+        table = self.table
+        if (tile_q, tile_kv) != self.BLOCK_SIZE:
+            mod = self.traced(self.device)
+            table = bounded_runs(mod, grid_of(mod, *self.shape, tile_q, tile_kv), self.device,
+                                 room_for(table, tile_q, tile_kv))
+        columns = -(-self.seq_lengths[1] // tile_kv)
+        return bounded_columns(table, columns) if by_columns else table
 
     def element_mod(self) -> MaskMod:
         """What says alone which elements are attended: mask_mod, unless blocks were given that are

@@ -115,6 +115,18 @@ def _ends(found, line, column, layout):
 
 
 @triton.jit
+def paint(found, offsets, start, end, full, columns, first, CHUNK: tl.constexpr):
+    """The kinds of lines first, first + 1, ... of a table of runs; `found` is 0 before."""
+    line = tl.program_id(0)
+    for run in range(tl.load(offsets + first + line), tl.load(offsets + first + line + 1)):
+        kind = tl.load(full + run) + 1
+        last = tl.load(end + run)
+        for left in range(tl.load(start + run), last, CHUNK):
+            column = left + tl.arange(0, CHUNK)
+            tl.store(found + line * columns + column, kind, mask=column < last)
+
+
+@triton.jit
 def count_runs(found, counts, layout, first, CHUNK: tl.constexpr):
     """counts[first + line + 1] is the number of runs of a line; counts[0] is 0."""
     line = tl.program_id(0)
