@@ -41,7 +41,6 @@ def only_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if name:
             patch.setattr(launch_gpu, "FORWARD", {name: launch_gpu.FORWARD[name]})
-            patch.setattr(launch_gpu, "_UNPROVEN", frozenset())
         yield
 
 

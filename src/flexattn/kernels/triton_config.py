@@ -103,8 +103,8 @@ _FORWARD: dict[int, tuple[TritonConfig, ...]] = {
           TritonConfig(32, 32, 4, 1)),
     512: (TritonConfig(64, 32, 8, 2), TritonConfig(64, 32, 8, 1), TritonConfig(32, 32, 4, 1),
           TritonConfig(16, 16, 4, 1)),
-    1 << 30: (TritonConfig(64, 32, 8, 1), TritonConfig(32, 32, 4, 1), TritonConfig(16, 32, 4, 1),
-              TritonConfig(16, 16, 4, 1)),
+    1 << 30: (TritonConfig(64, 32, 8, 2), TritonConfig(64, 32, 8, 1), TritonConfig(32, 32, 4, 1),
+              TritonConfig(16, 32, 4, 1), TritonConfig(16, 16, 4, 1)),
 }
 _FORWARD_SPARSE = {64: TritonConfig(128, 64, 4, 3)}  # better with a block mask
 
@@ -152,6 +152,8 @@ _BACKWARD_TMA: dict[int, _Choices] = {
     64: ((TritonConfig(128, 64, 4, 2), TritonConfig(64, 64, 4, 3)), (TritonConfig(64, 64, 4, 3),)),
     128: ((TritonConfig(64, 64, 4, 2), TritonConfig(64, 128, 8, 3)),
           (TritonConfig(64, 64, 4, 2), TritonConfig(128, 64, 8, 3))),
+    256: ((TritonConfig(64, 64, 8, 2), TritonConfig(32, 64, 8, 2)),
+          (TritonConfig(64, 64, 8, 2), TritonConfig(64, 32, 8, 2))),
 }
 
 

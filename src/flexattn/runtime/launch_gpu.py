@@ -5,8 +5,7 @@ prepares the call or gives a `Refusal` that says why not, which `why` shows. Wha
 call is found again by everything it depends on, so that a call in the steady state only looks it
 up, allocates, and launches.
 
-With FLEXATTN_UNPROVEN=1 kernels that are still being proven are asked too. With
-FLEXATTN_CHECK=1 every call waits for its kernel and raises what it reported.
+With FLEXATTN_CHECK=1 every call waits for its kernel and raises what it reported.
 """
 
 from __future__ import annotations
@@ -37,12 +36,8 @@ FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
     "hopper": launch_hopper.prepare,
     "triton": launch_triton.prepare,
 }
-# Kernels whose tests on a GPU have not all passed yet serve only those who ask for them.
-_UNPROVEN = frozenset() if os.environ.get("FLEXATTN_UNPROVEN") == "1" else frozenset(
-    {"triton decode", "hopper"})
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHECK = os.environ.get("FLEXATTN_CHECK") == "1"
-_OFF = Refusal("not proven on a GPU yet: FLEXATTN_UNPROVEN=1 lets it serve")
 _MOST_PREPARED = 4096
 
 
@@ -122,7 +117,7 @@ def _chosen(call: Call) -> Choice:
                                  remedy="convert the tensors, or run them on the CPU"))
     refusals: list[tuple[str, str]] = []
     for name, prepare in FORWARD.items():
-        prepared = _OFF if name in _UNPROVEN else prepare(call)
+        prepared = prepare(call)
         if isinstance(prepared, Prepared):
             return Choice(name, prepared, tuple(refusals), (call.score, call.mask))
         refusals.append((name, prepared.reason))

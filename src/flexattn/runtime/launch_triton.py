@@ -39,6 +39,7 @@ from flexattn.runtime.tensor_map import has_tma, takes
 
 TENSOR = ("i64", "i64", "i64")  # strides of batches, heads and rows
 TABLE = ("*i32", "*i32", "*i32", "*i64")
+_WIDEST_BOXED = 256  # columns
 _SECOND_LEVEL_SHARE = 2 / 3  # of the cache that keys and values of a section may fill
 
 
@@ -202,10 +203,12 @@ def is_rounded(tensor: Tensor) -> bool:
 
 
 def is_boxed(*tensors: Tensor) -> bool:
-    """Whether the kernel reads these tensors by TMA."""
+    """Whether the kernel reads these tensors by TMA. Tiles of wide heads have too few rows for
+    Hopper's tensor cores, and their code is bad with TMA (32 registers a thread)."""
     q = tensors[0]
     return (has_tma(q.device) and all(map(takes, tensors))
-            and (q.element_size() == 2 or is_rounded(q)))
+            and (q.element_size() == 2 or is_rounded(q))
+            and max(t.shape[-1] for t in tensors) <= _WIDEST_BOXED)
 
 
 def section(call: Call) -> int:
