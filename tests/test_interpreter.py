@@ -16,6 +16,7 @@ FILES = sorted((Path(__file__).parent / "interpreter").glob("test_*.py"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_kernels_on_the_interpreter(path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "pytest", "-x", str(path)],
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+                          env={**os.environ, "TRITON_INTERPRET": "1"},
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
