@@ -19,7 +19,7 @@ from torch import Tensor
 from flexattn.block_mask import BlockMask, UndividedMask
 from flexattn.dynamo import with_mods
 from flexattn.errors import ArgumentError, DeviceError, DtypeError, ShapeError, message
-from flexattn.runtime import operator  # noqa: F401  the operators that dynamo calls
+from flexattn.runtime import operator
 from flexattn.runtime.autograd import attend
 from flexattn.runtime.call import Call, Result
 from flexattn.trace import Mod, specialize, trace_score_mod
@@ -120,7 +120,7 @@ def flex_attention(
 def _autocast(*tensors: Tensor) -> Any:
     """As scaled_dot_product_attention: under autocast, its dtype for all floats but float64."""
     device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [t.to(dtype) if t.dtype in _DTYPES[:3] else t for t in tensors]
@@ -132,17 +132,23 @@ def by_operator() -> bool:
 
 
 def _by_operator(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable | None,
-                 block_mask: BlockMask | None, scale: float, aux: AuxRequest) -> Result:
+                 block_mask: Any, scale: float, aux: AuxRequest) -> Result:
     """The call as an operator that compilers and dispatch modes see (runtime.operator)."""
     runs: list[Tensor] = []
     sizes: list[int] = []
     mask_mod = None
-    if block_mask is not None:
+    if block_mask is not None and not isinstance(block_mask, BlockMask):  # torch's
+        mask_mod, runs = block_mask.mask_mod, [block_mask.kv_num_blocks, block_mask.kv_indices]
+        if block_mask.full_kv_indices is not None:
+            runs += [block_mask.full_kv_num_blocks, block_mask.full_kv_indices]
+        batch, heads, q_len, kv_len = block_mask.shape
+        sizes = [batch, heads, *block_mask.BLOCK_SIZE, batch, heads, q_len, kv_len, operator.LISTS]
+    elif block_mask is not None:
         table, mask_mod = block_mask.table, block_mask.element_mod()
         runs = [table.offsets, table.start, table.end, table.full]
         runs += [] if table.runs is None else [table.runs]
         sizes = [table.batch, table.heads, table.row_block, table.col_block, *block_mask.shape,
-                 1 if isinstance(block_mask, UndividedMask) else 0]
+                 operator.UNDIVIDED if isinstance(block_mask, UndividedMask) else operator.DIVIDED]
     name = "attention.masked" if runs else "attention"
     out, lse, top = with_mods(name, query, score_dtype(query), score_mod, mask_mod, query,
                               key, value, runs, sizes, scale, aux.max_scores)
@@ -170,11 +176,12 @@ def _call(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable | Mod |
                 options)
 
 
-def _our_mask(block_mask: Any) -> BlockMask:
+def _our_mask(block_mask: Any) -> Any:
+    """A BlockMask; operators take torch's as it is, since a compiler cannot look at its values."""
     if isinstance(block_mask, BlockMask):
         return block_mask
     if type(block_mask).__name__ == "BlockMask" and hasattr(block_mask, "kv_indices"):
-        return BlockMask.from_torch(block_mask)
+        return block_mask if by_operator() else BlockMask.from_torch(block_mask)
     raise ArgumentError(message("block_mask is not a BlockMask.", expected="a BlockMask or None",
                                 got=type(block_mask).__name__,
                                 remedy="create_block_mask(mask_mod, B, H, Q_LEN, KV_LEN)"))
@@ -227,7 +234,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
                              got=f"query {tuple(q)}, key {tuple(k)}, value {tuple(v)}"))
 
 
-def _check_mask(mask: BlockMask, query: Tensor, key: Tensor) -> None:
+def _check_mask(mask: Any, query: Tensor, key: Tensor) -> None:
     wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     if mask.shape[2:] != wanted[2:]:
         raise ShapeError(message("block_mask was made for other lengths.",
@@ -238,6 +245,7 @@ def _check_mask(mask: BlockMask, query: Tensor, key: Tensor) -> None:
             raise ShapeError(message(f"block_mask was made for another {name} size.",
                                      expected=f"{n} or 1", got=str(size),
                                      remedy=f"create_block_mask with {name} {n} or None"))
-    if mask.device != query.device:
+    device = mask.device if isinstance(mask, BlockMask) else mask.kv_indices.device
+    if device != query.device:
         raise DeviceError(message("block_mask is on another device.", expected=str(query.device),
-                                  got=str(mask.device), remedy=f".to('{query.device}')"))
+                                  got=str(device), remedy=f".to('{query.device}')"))

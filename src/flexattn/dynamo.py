@@ -8,7 +8,7 @@ recompiles or becomes an input); the small graph it makes of each is run on our 
 computes from captured tensors alone becomes part of the caller's graph.
 Rejects what the tracer rejects, and, as a graph break, what Dynamo cannot read.
 
-Dynamo's classes are not public: torch 2.11 and 2.13 were tried.
+Dynamo's classes are not public: our tests pass with torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -254,17 +254,27 @@ class _Body:
 
     def scalar(self, value: Any) -> fx.Proxy:
         """A real number as a float64 scalar on the mod's device, in the caller's graph. A symbolic
-        one becomes a tensor by an operation that compilers know to do on tensors (a graph that
-        used the number would hold for one value only), and moves without anybody waiting."""
-        kinds = {"dtype": torch.float64}
+        one moves there without anybody waiting."""
         if not isinstance(value, torch.SymFloat):
             return self._create("call_function", torch.full, ((), value),
-                                {**kinds, "device": self._device})
-        one = self._create("call_function", torch.ones, ((),), kinds)
-        made = self._create("call_function", torch.mul, (one, self.outer(value)), {})
+                                {"dtype": torch.float64, "device": self._device})
+        made = self._tensor(self.outer(value))
         if self._device.type == "cpu":
             return made
         return self._create("call_method", "to", (made, self._device), {"non_blocking": True})
+
+    def _tensor(self, number: fx.Proxy) -> fx.Proxy:
+        """A symbolic number as a tensor, by operations on tensors down to what Dynamo was given: a
+        graph that used the number would hold for one value only (torch 2.11: one that used what
+        is computed of it)."""
+        node = number.node
+        if node.op == "call_function" and node.target in _ON_TENSORS:
+            args = [self._tensor(fx.Proxy(a, number.tracer))
+                    if isinstance(a, fx.Node) and isinstance(_example(a), torch.SymFloat) else a
+                    for a in node.args]
+            return self._create("call_function", node.target, tuple(args), {})
+        one = self._create("call_function", torch.ones, ((),), {"dtype": torch.float64})
+        return self._create("call_function", torch.mul, (one, number), {})
 
     def _lift(self, node: fx.Node) -> fx.Proxy:
         if node not in self._outer:
@@ -279,6 +289,13 @@ class _Body:
         set_example_value(proxy.node, get_fake_value(proxy.node, self._tx,
                                                      allow_non_graph_fake=True))
         return proxy
+
+
+_ON_TENSORS = frozenset({operator.add, operator.sub, operator.mul, operator.truediv, operator.neg})
+
+
+def _example(node: fx.Node) -> Any:
+    return node.meta.get("example_value")
 
 
 def _as_tuple(key: Any) -> tuple:

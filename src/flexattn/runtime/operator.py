@@ -41,6 +41,7 @@ _library.define("block_runs(SymInt batch, SymInt heads, SymInt q_len, SymInt kv_
                 "SymInt q_block, SymInt kv_block, bool separate_full_blocks, int max_runs, "
                 f"Device device, {_MODS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
                 tags=_BETWEEN_GRAPHS)
+DIVIDED, UNDIVIDED, LISTS = range(3)  # what `runs` are: the last of `sizes`
 
 
 # Attention
@@ -53,16 +54,22 @@ def _call(query: Tensor, key: Tensor, value: Tensor, runs: Sequence[Tensor], siz
     """The arguments of the operator as a call."""
     split = count_whole(score)
     of_mask = (mask, mask_captures, whole[split:])
-    return Call(query, key, value, scale, bind(score, score_captures, whole[:split]),
-                bind(*of_mask), _block_mask(runs, sizes, of_mask) if runs else None,
-                True, want_max_scores)
+    block_mask, elements = None, bind(*of_mask)
+    if runs and sizes[-1] == LISTS:
+        block_mask = _of_lists(runs, sizes, of_mask)
+        elements = block_mask.traced(query.device)
+    elif runs:
+        block_mask = _block_mask(runs, sizes, of_mask)
+    return Call(query, key, value, scale, bind(score, score_captures, whole[:split]), elements,
+                block_mask, True, want_max_scores)
 
 
 def _block_mask(runs: Sequence[Tensor], sizes: Sequence[int], of_mask: Any) -> BlockMask:
     """The block mask of a table; kept with the table, so that what is derived from it is, too.
     Undivided masks share tables, and derive nothing of what their mask_mod says."""
-    batch, heads, row_block, col_block, mask_batch, mask_heads, q_len, kv_len, undivided = sizes
+    batch, heads, row_block, col_block, mask_batch, mask_heads, q_len, kv_len, form = sizes
     offsets, start, end, full, *count = runs
+    undivided = form == UNDIVIDED
     found = None if undivided else getattr(offsets, "_flexattn_block_mask", None)
     if found is None:
         rows = RunTable(offsets, start, end, full, batch, heads, -(-q_len // row_block),
@@ -73,6 +80,22 @@ def _block_mask(runs: Sequence[Tensor], sizes: Sequence[int], of_mask: Any) -> B
         if not undivided:
             offsets._flexattn_block_mask = found  # type: ignore[attr-defined]
     return found
+
+
+def _of_lists(lists: Sequence[Tensor], sizes: Sequence[int], of_mask: Any) -> BlockMask:
+    """The block mask of torch's lists, checked against its mask_mod as in eager mode; kept with the
+    lists for as long as the mask_mod captures the same."""
+    text, captures, whole = of_mask
+    same = (text, tuple(whole), tuple(map(id, captures)))
+    known = getattr(lists[1], "_flexattn_block_mask", None)
+    if known is None or known[0] != same:
+        counts, indices = lists[2:] or (None, None)
+        mask = BlockMask.from_kv_blocks(
+            lists[0], lists[1], counts, indices, (sizes[2], sizes[3]),
+            Replayed(*of_mask) if text else None, (sizes[6], sizes[7]))
+        known = (same, mask, captures)  # captures: their ids stay theirs
+        lists[1]._flexattn_block_mask = known  # type: ignore[attr-defined]
+    return known[1]
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
