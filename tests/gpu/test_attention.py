@@ -1,7 +1,4 @@
-"""flex_attention on a GPU, forward and gradients, against the float64 oracle.
-
-The error is at most 1.5 times that of the same formula written out in the same dtype.
-"""
+"""flex_attention on a GPU: what the pairs of test_pairs do not show."""
 
 from __future__ import annotations
 
@@ -14,75 +11,9 @@ import flexattn
 from flexattn.errors import IndexOutOfRangeError
 from flexattn.reference import attention
 from flexattn.runtime import gpu_mods, launch_gpu
-from tests.gpu import cases
+from tests.gpu.pairs import error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def run(case, deterministic=False):
-    """(out, lse, gradients...) of ours, of the formula in the same dtype, and of float64."""
-    (heads, kv_heads), (q_len, kv_len), dims = case["heads"], case["lengths"], case["dims"]
-    mods = cases.mods(case["mod"], case["mask"], heads, case["lengths"])
-    shapes = ((2, heads, q_len, dims[0]), (2, kv_heads, kv_len, dims[0]),
-              (2, kv_heads, kv_len, dims[1]))
-    inputs = [torch.randn(s, device="cuda", dtype=case["dtype"], requires_grad=True)
-              for s in shapes]
-    block = mods.mask_mod and flexattn.create_block_mask(mods.mask_mod, 2, heads, q_len, kv_len,
-                                                         device="cuda")
-    d_out = torch.randn(2, heads, q_len, dims[1], device="cuda", dtype=case["dtype"])
-    d_lse = torch.randn(2, heads, q_len, device="cuda")
-
-    def ours(q, k, v):
-        out, aux = flexattn.flex_attention(
-            q, k, v, mods.score_mod, block, enable_gqa=True,
-            return_aux=flexattn.AuxRequest(lse=True),
-            kernel_options={"deterministic": deterministic})
-        return out, aux.lse
-
-    def formula(dtype):
-        return lambda q, k, v: attention(q, k, v, mods.score_mod, mods.mask_mod, None, dtype)[:2]
-
-    def results(function, dtype):
-        q, k, v = (t.detach().to(dtype).requires_grad_() for t in inputs)
-        out, lse = function(q, k, v)
-        loss = (out * d_out.to(dtype)).sum() + torch.where(lse.isinf(), 0.0, lse * d_lse).sum()
-        return [out, lse, *torch.autograd.grad(loss, [q, k, v, *mods.trained])]
-
-    return [results(ours, case["dtype"]), results(formula(case["dtype"]), case["dtype"]),
-            results(formula(torch.float64), torch.float64)]
-
-
-def error(found, wanted):
-    """Relative, in the norm; rows that attend to nothing must agree exactly."""
-    same = wanted.isinf()
-    assert torch.equal(found.isinf(), same), "other rows attend to nothing"
-    found, wanted = (torch.where(same, 0.0, t.double()) for t in (found, wanted))
-    found, wanted = found.detach(), wanted.detach()
-    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
-
-
-NAMES = ("out", "lse", "dq", "dk", "dv", "captured 0", "captured 1")
-
-
-@pytest.mark.parametrize("case", cases.pairwise(), ids=cases.name)
-def test_pairwise(case, seed):
-    torch.manual_seed(seed)
-    ours, eager, exact = run(case)
-    for name, x, y, z in zip(NAMES, ours, eager, exact, strict=False):
-        mine, theirs = error(x, z), error(y, z)
-        assert mine <= 1.5 * theirs + 2e-6, f"{name}: {mine:.2e}, written out {theirs:.2e}"
-
-
-@pytest.mark.parametrize("mod", ["alibi", "relative_bias", "pair_bias", "buckets"])
-def test_deterministic_gradients_have_the_same_bits(mod, seed):
-    case = dict(mod=mod, mask="causal", dtype=torch.bfloat16, dims=(64, 64), heads=(8, 2),
-                lengths=(1000, 1000))
-    found = []
-    for _ in range(4):
-        torch.manual_seed(seed)
-        found.append(run(case, deterministic=True)[0])
-    for again in found[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(found[0], again, strict=True))
 
 
 def test_the_same_call_gives_the_same_bits(seed):
