@@ -4,9 +4,9 @@ In: a mask's graph, a bound of its indices, ranges of its run-time numbers, bloc
 `IntervalForm`: q_idx and kv_idx are the first tokens of a block, and the output "mask" is EMPTY,
 PARTIAL (undecided) or FULL. It is lowered like any graph, so one kernel decides all blocks. Reads
 that depend on the block of queries, or on that of keys, come as tables (`line_tables`), with the
-lowest and the highest value for each block.
-Rejects (NoSymbolError): floating point that varies over blocks, and tensors that are read by q_idx
-and kv_idx together.
+lowest and the highest value for each block. A tensor that is read by both together is known where
+the block reads one element of it.
+Rejects (NoSymbolError): floating point that varies over blocks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexattn.analysis.bounds import Interval, choose, minimum, point, unbounded
+from flexattn.analysis.bounds import (
+    Bound,
+    Interval,
+    both,
+    choose,
+    either,
+    minimum,
+    negate,
+    point,
+    unbounded,
+)
 from flexattn.analysis.interval import TileIntervals, Tiles, overall_ranges
 from flexattn.analysis.interval_reads import Reads, Span, aligned_span
 from flexattn.analysis.runs import EMPTY, FULL, PARTIAL
@@ -115,7 +125,7 @@ class _Writer(TileIntervals):
             return point(_whole_number(node(Op.LOAD, *places, dtype=n.dtype, attr=n.attr)))
         used = self.depends[n]
         if {"q_idx", "kv_idx"} <= used:
-            raise NoSymbolError("a tensor that is read by q_idx and kv_idx together")
+            return _if_one(node(Op.LOAD, *places, dtype=n.dtype, attr=n.attr), args)
         queries = "q_idx" in used
         span = tiles.q if queries else tiles.kv
         dim = ranged[0] if len(ranged) == 1 and tiles.span(n.args[ranged[0]]) else None
@@ -129,6 +139,17 @@ class _Writer(TileIntervals):
         slot = len(self.graph.captures) + 2 * list(self.line_reads).index(n)
         return Interval(*(_whole_number(node(Op.LOAD, *places, dtype=n.dtype, attr=slot + i))
                           for i in range(2)))
+
+
+def _if_one(load: Node, indices: list[Interval]) -> Interval:
+    """A read at the lowest indices, where they are the highest as well; elsewhere anything."""
+    one: Bound = True
+    for x in indices:
+        one = both(one, x.is_point or x.lo == x.hi)
+    value, anything = _whole_number(load), unbounded(load.dtype)
+    if load.dtype is torch.bool:
+        return Interval(both(one, value), either(negate(one), value))
+    return Interval(choose(one, value, anything.lo), choose(one, value, anything.hi))
 
 
 def _whole_number(load: Node) -> Symbol:
