@@ -14,8 +14,10 @@ from flexattn.trace import specialize, trace_mask_mod
 TARGETS = {"sm_80": Target("cuda", 80, 32), "sm_90": Target("cuda", 90, 32),
            "sm_100": Target("cuda", 100, 32), "gfx942": Target("hip", "gfx942", 64)}
 DOCUMENT = torch.arange(1 << 14) // 300
+REALS = torch.randn(1 << 14)
 MASKS = {"documents": masks.causal_document(DOCUMENT), "natten": masks.natten((128, 128), (13, 13)),
          "hash": lambda b, h, q, k: (q * 7 + k * 13 + h) % 97 < 40,
+         "reals": lambda b, h, q, k: REALS[q] * 2 + 1 > REALS[k] - h,
          "offsets": lambda b, h, q, k: q + DOCUMENT[b] >= k}
 
 
@@ -29,7 +31,7 @@ def plan(mask, target, length=1 << 14):
 
 
 COMPILED = [("documents", target) for target in TARGETS] + [
-    (name, target) for name in ("natten", "hash", "offsets") for target in ("sm_90", "gfx942")]
+    (name, target) for name in MASKS if name != "documents" for target in ("sm_90", "gfx942")]
 
 
 @pytest.mark.parametrize("name, target", COMPILED)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flexattn.analysis.symbols import NoSymbolError, Symbol, apply, chosen
+from flexattn.analysis.symbols import Symbol, apply, chosen
 from flexattn.ir.ops import FLOATS, Op
 
 Bound = Any  # bool | int | float | Tensor | Symbol
@@ -117,7 +117,8 @@ def to_real(x: Bound) -> Bound:
 def through_tensor(op: Callable[[Tensor], Tensor]) -> Callable[[Bound], Bound]:
     """A tensor operation on float64, for Python numbers too."""
     def function(x: Bound) -> Bound:
-        _refuse(x)
+        if isinstance(x, Symbol):
+            return x.through(op.__name__)
         return op(x) if isinstance(x, Tensor) else op(torch.tensor(x, dtype=torch.float64)).item()
 
     return function
@@ -126,17 +127,13 @@ def through_tensor(op: Callable[[Tensor], Tensor]) -> Callable[[Bound], Bound]:
 def through_tensors(op: Callable[..., Tensor]) -> Callable[..., Bound]:
     """A tensor operation of two float64, for Python numbers too."""
     def function(x: Bound, y: Bound) -> Bound:
-        _refuse(x, y)
+        if isinstance(x, Symbol) or isinstance(y, Symbol):
+            return apply(Op[op.__name__.upper()], x, y)
         found = op(*(v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
                      for v in (x, y)))
         return found if isinstance(x, Tensor) or isinstance(y, Tensor) else found.item()
 
     return function
-
-
-def _refuse(*xs: Bound) -> None:
-    if any(isinstance(x, Symbol) for x in xs):
-        raise NoSymbolError("a function of floating point")
 
 
 def is_nan(x: Bound) -> Bound:
@@ -150,7 +147,8 @@ def without_nan(x: Bound, replacement: float) -> Bound:
 
 def as_dtype(x: Bound, dtype: torch.dtype) -> Bound:
     """Rounded to the nearest value of a floating-point dtype, as float64."""
-    _refuse(x)
+    if isinstance(x, Symbol):
+        return x.rounded(dtype)
     if isinstance(x, Tensor):
         return x.to(dtype).double()
     return torch.tensor(x, dtype=torch.float64 if isinstance(x, float) else torch.int64

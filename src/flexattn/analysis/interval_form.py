@@ -4,9 +4,10 @@ In: a mask's graph, a bound of its indices, ranges of its run-time numbers, bloc
 `IntervalForm`: q_idx and kv_idx are the first tokens of a block, and the output "mask" is EMPTY,
 PARTIAL (undecided) or FULL. It is lowered like any graph, so one kernel decides all blocks. Reads
 that depend on the block of queries, or on that of keys, come as tables (`line_tables`), with the
-lowest and the highest value for each block. A tensor that is read by both together is known where
-the block reads one element of it.
-Rejects (NoSymbolError): floating point that varies over blocks.
+lowest and the highest value for each block, and whether there is NaN. A tensor that is read by both
+together is known where the block reads one element of it.
+Rejects (NoSymbolError): functions of floating point whose last bit is not the same on all devices,
+since a block is what torch's own evaluation of the mask says it is.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ from flexattn.analysis.symbols import NoSymbolError, Symbol, lifted
 from flexattn.analysis.undecided import Grid
 from flexattn.ir.graph import Capture, Graph, Node, const, index_input, node
 from flexattn.ir.mod import Mod
-from flexattn.ir.ops import FLOATS, INDEX_INPUTS, Op
+from flexattn.ir.ops import FLOATS, INDEX_INPUTS, LEAVES, Op
 from flexattn.ir.simplify import simplify
 
 Range = tuple[int, int]
+_EXACT = frozenset({*LEAVES, Op.CAST, Op.FLOOR, Op.CEIL, Op.TRUNC, Op.ROUND, Op.NEG, Op.ABS,
+                    Op.SIGN, Op.ADD, Op.SUB, Op.MUL, Op.MIN, Op.MAX, Op.WHERE})
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class LineRead:
 
 @dataclass(frozen=True)
 class IntervalForm:
-    """graph: its captures are the mask's, then two for each of `reads`; its numbers are the mask's,
-    then the last query and the last key."""
+    """graph: its captures are the mask's, then two for each of `reads` (three of floating point);
+    its numbers are the mask's, then the last query and the last key."""
 
     graph: Graph
     reads: tuple[LineRead, ...]
@@ -78,9 +81,12 @@ class _Writer(TileIntervals):
         self._analyse(graph, overall_ranges(graph, self.bounds, None, self.numbers))
         self.blocks = blocks
         self.line_reads: dict[Node, LineRead] = {}
+        self.captures = list(graph.captures)
         self.depends = _dependencies(graph)
-        if any(n.dtype in FLOATS and not self.overall.constant(n) for n in self.order):
-            raise NoSymbolError("floating point that varies over blocks")
+        inexact = {n.op.name.lower() for n in self.order
+                   if n.dtype in FLOATS and n.op not in _EXACT and not self.overall.constant(n)}
+        if inexact:
+            raise NoSymbolError(f"floating point that devices round differently ({min(inexact)})")
 
     def form(self) -> IntervalForm:
         spans = [self._span(name, size, slot) for slot, (name, size) in enumerate(
@@ -88,10 +94,7 @@ class _Writer(TileIntervals):
         b, h = (Symbol(index_input(name)) for name in ("b", "h"))
         always, perhaps = self(Tiles(b, h, *spans))[:2]  # type: ignore[arg-type]
         kind = choose(always, FULL, choose(perhaps, PARTIAL, EMPTY))
-        captures = list(self.graph.captures)
-        for read in self.line_reads.values():
-            captures += [Capture(self._rank(read), read.load.dtype)] * 2
-        form = Graph((("mask", lifted(kind, torch.int64)),), tuple(captures),
+        form = Graph((("mask", lifted(kind, torch.int64)),), tuple(self.captures),
                      (*self.graph.numbers, torch.int64, torch.int64))
         return IntervalForm(self._folded(form), tuple(self.line_reads.values()))
 
@@ -112,9 +115,6 @@ class _Writer(TileIntervals):
         hi = minimum(lo + (size - 1), last)
         return Span(lo, hi, size, lo // size)  # type: ignore[arg-type]
 
-    def _rank(self, read: LineRead) -> int:
-        return len(read.images) + 1 if read.dim is None else len(read.load.args)
-
     def _number(self, n: Node) -> Interval:
         return point(n.attr) if n.op is Op.CONST else point(Symbol(n))
 
@@ -122,7 +122,7 @@ class _Writer(TileIntervals):
         ranged = [d for d, x in enumerate(args) if not x.is_point]
         places = [lifted(x.lo, torch.int64) for x in args]
         if not ranged:
-            return point(_whole_number(node(Op.LOAD, *places, dtype=n.dtype, attr=n.attr)))
+            return _one(node(Op.LOAD, *places, dtype=n.dtype, attr=n.attr))
         used = self.depends[n]
         if {"q_idx", "kv_idx"} <= used:
             return _if_one(node(Op.LOAD, *places, dtype=n.dtype, attr=n.attr), args)
@@ -130,15 +130,32 @@ class _Writer(TileIntervals):
         span = tiles.q if queries else tiles.kv
         dim = ranged[0] if len(ranged) == 1 and tiles.span(n.args[ranged[0]]) else None
         images = tuple(name for name in ("b", "h") if name in used)
-        self.line_reads.setdefault(n, LineRead(n, queries, dim, images))
+        self.line_reads[n] = LineRead(n, queries, dim, images)
         line = lifted(span.number, torch.int64)
         if dim is None:
             places = [*map(index_input, images), line]
         else:
             places = [p for d, p in enumerate(places) if d != dim] + [line]
-        slot = len(self.graph.captures) + 2 * list(self.line_reads).index(n)
-        return Interval(*(_whole_number(node(Op.LOAD, *places, dtype=n.dtype, attr=slot + i))
-                          for i in range(2)))
+        return Interval(*(self._table(places, dtype) for dtype in _table_dtypes(n.dtype)))
+
+    def _table(self, places: list[Node], dtype: torch.dtype) -> Symbol:
+        """A read of a table, which becomes a captured tensor."""
+        self.captures.append(Capture(len(places), dtype))
+        return _wide(node(Op.LOAD, *places, dtype=dtype, attr=len(self.captures) - 1))
+
+
+def _table_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Of the lowest, the highest, and whether there is NaN."""
+    return (dtype, dtype, torch.bool) if dtype in FLOATS else (dtype, dtype)
+
+
+def _one(load: Node) -> Interval:
+    """A read at a point."""
+    value = _wide(load)
+    if load.dtype not in FLOATS:
+        return point(value)
+    nan = value != value
+    return Interval(choose(nan, -torch.inf, value), choose(nan, torch.inf, value), nan)
 
 
 def _if_one(load: Node, indices: list[Interval]) -> Interval:
@@ -146,15 +163,17 @@ def _if_one(load: Node, indices: list[Interval]) -> Interval:
     one: Bound = True
     for x in indices:
         one = both(one, x.is_point or x.lo == x.hi)
-    value, anything = _whole_number(load), unbounded(load.dtype)
+    value, anything = _one(load), unbounded(load.dtype)
     if load.dtype is torch.bool:
-        return Interval(both(one, value), either(negate(one), value))
-    return Interval(choose(one, value, anything.lo), choose(one, value, anything.hi))
+        return Interval(both(one, value.lo), either(negate(one), value.hi))
+    return Interval(choose(one, value.lo, anything.lo), choose(one, value.hi, anything.hi),
+                    both(anything.nan, either(negate(one), value.nan)))
 
 
-def _whole_number(load: Node) -> Symbol:
+def _wide(load: Node) -> Symbol:
     value = Symbol(load)
-    return value if load.dtype is torch.bool else value.long()
+    return value if load.dtype is torch.bool else (
+        value.double() if load.dtype in FLOATS else value.long())
 
 
 def _with_shape(form: Graph) -> Graph:
@@ -181,10 +200,11 @@ def line_tables(form: IntervalForm, mod: Mod, grid: Grid, device: torch.device) 
         size, length = ((grid.q_block, grid.q_len) if read.queries
                         else (grid.kv_block, grid.kv_len))
         if read.dim is not None:
-            found = list(reads.of_blocks(read.load.attr, read.dim, size, length, size)[:2])
+            found = list(reads.of_blocks(read.load.attr, read.dim, size, length, size))
         else:
             found = _over_blocks(read, mod, grid, device)
-        tables += [t.to(read.load.dtype) for t in found]
+        tables += [t.to(dtype) for t, dtype in zip(found, _table_dtypes(read.load.dtype),
+                                                   strict=False)]
     return tables
 
 
@@ -199,7 +219,7 @@ def _over_blocks(read: LineRead, mod: Mod, grid: Grid, device: torch.device) -> 
     span = aligned_span(torch.arange(lines, device=device), size, length)
     value = intervals(Tiles(b[:, None, None], h[:, None], span, span))
     shape = (grid.batch, grid.heads, lines)
-    found = [torch.as_tensor(x, device=device).expand(shape) for x in value[:2]]
+    found = [torch.as_tensor(x, device=device).expand(shape) for x in value]
     for axis, name in ((1, "h"), (0, "b")):
         if name not in read.images:
             found = [t.select(axis, 0) for t in found]

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flexattn.analysis.bounds import (
     Bound,
@@ -202,9 +201,9 @@ def _truncated(n: Node, x: Interval) -> Interval:
     fits = both(both(x.lo >= max(anything.lo, -(2**62)), x.hi <= largest), negate(x.nan))
 
     def convert(bound: Bound, otherwise: int) -> Bound:
-        if isinstance(bound, Tensor):
-            return choose(fits, choose(fits, bound, 0.0).trunc().long(), otherwise)
-        return choose(fits, int(bound) if abs(bound) < 2**62 else otherwise, otherwise)
+        if is_number(bound):
+            return choose(fits, int(bound) if abs(bound) < 2**62 else otherwise, otherwise)
+        return choose(fits, choose(fits, bound, 0.0).trunc().long(), otherwise)
 
     return Interval(convert(x.lo, anything.lo), convert(x.hi, anything.hi))
 

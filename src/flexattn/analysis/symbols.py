@@ -1,8 +1,7 @@
 """Bounds that are nodes of a graph: the interval rules, run on them, write the interval form.
 
 In: arithmetic of `Symbol`s and Python numbers, as `analysis.bounds` does it on tensors. Out: nodes
-of int64, float64 or bool. Rejects (NoSymbolError) what the rules do with tensors alone: functions
-of floating point, and integers beyond 64 bits.
+of int64, float64 or bool. Rejects (NoSymbolError) integers beyond 64 bits, and branches.
 """
 
 from __future__ import annotations
@@ -107,6 +106,9 @@ class Symbol:
     def __ne__(self, other: Any) -> Symbol:  # type: ignore[override]
         return apply(Op.NE, self, other)
 
+    def __abs__(self) -> Symbol:
+        return Symbol(node(Op.ABS, self.node, dtype=self.node.dtype))
+
     def sign(self) -> Symbol:
         return Symbol(node(Op.SIGN, self.node, dtype=self.node.dtype))
 
@@ -118,6 +120,17 @@ class Symbol:
 
     def _as(self, dtype: torch.dtype) -> Symbol:
         return Symbol(cast(self.node, dtype))
+
+    def trunc(self) -> Symbol:
+        return self.through("trunc")
+
+    def through(self, function: str) -> Symbol:
+        """A function of floating point, by torch's name."""
+        return Symbol(node(Op[function.upper()], self.node, dtype=self.node.dtype))
+
+    def rounded(self, dtype: torch.dtype) -> Symbol:
+        """To a value of a floating-point dtype."""
+        return self._as(dtype).double()
 
 
 def apply(op: Op, x: Any, y: Any) -> Symbol:

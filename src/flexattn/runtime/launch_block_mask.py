@@ -71,7 +71,8 @@ class _Plan:
             "found": "*i8", "sizes": ("i32",) * 7, "tile_args": self.tiles.argument_type(),
             "args": self.mod.argument_type(), "TILES": "constexpr", "MODS": "constexpr",
             "F": "constexpr"}, {"TILES": load(self.tiles.text), "MODS": load(self.mod.text),
-                                "F": self.facts}, options={"num_warps": 4})
+                                "F": self.facts},
+            options={"num_warps": 4, "enable_fp_fusion": False})  # as torch rounds
 
 
 def runs(mod: Mod, grid: Grid, device: torch.device, max_runs: int | None = None,
