@@ -3,6 +3,7 @@
     pytest tests/gpu                            all kernels, as calls choose them
     pytest tests/gpu --gpu-kernel "triton"      one kernel of launch_gpu.FORWARD; calls that it
                                                 refuses are skipped
+    pytest tests/gpu --gpu-backward "hopper"    the same of launch_gpu.BACKWARD
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from flexattn.errors import DeviceError
 from flexattn.runtime import launch_gpu
 from tests.gpu.pairs import Case, warm
 
+_OPTIONS = {"--gpu-kernel": "FORWARD", "--gpu-backward": "BACKWARD"}
 _WORKERS = min(14, (os.cpu_count() or 2) - 1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu-kernel", default="", help="the only forward kernel to test")
+    parser.addoption("--gpu-backward", default="", help="the only backward kernel to test")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -37,10 +40,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def only_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
-    name = request.config.getoption("--gpu-kernel", "")
     with pytest.MonkeyPatch.context() as patch:
-        if name:
-            patch.setattr(launch_gpu, "FORWARD", {name: launch_gpu.FORWARD[name]})
+        for option, table in _OPTIONS.items():
+            name = request.config.getoption(option, "")
+            if name:
+                kernels = getattr(launch_gpu, table)
+                patch.setattr(launch_gpu, table, {name: kernels[name]})
+        if request.config.getoption("--gpu-backward", ""):
+            patch.setattr(launch_gpu, "_UNPROVEN_BACKWARD", frozenset())
         yield
 
 
@@ -49,7 +56,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """A kernel tested alone may refuse."""
     outcome = yield
     error = outcome.excinfo  # type: ignore[attr-defined]
-    if error and item.config.getoption("--gpu-kernel", "") and isinstance(error[1], DeviceError) \
+    alone = any(item.config.getoption(option, "") for option in _OPTIONS)
+    if error and alone and isinstance(error[1], DeviceError) \
             and "No GPU kernel takes this call" in str(error[1]):
         pytest.skip(str(error[1]).splitlines()[-1])
 

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 def test_the_same_call_gives_the_same_bits(seed):
-    """A race would show as results that differ between runs."""
+    """A race would show as results that differ between runs. Hopper's backward adds up dq in any
+    order."""
     torch.manual_seed(seed)
     q, k, v = (torch.randn(2, 8, 2000, 128, device="cuda", dtype=torch.bfloat16,
                            requires_grad=True) for _ in range(3))
@@ -28,7 +29,13 @@ def test_the_same_call_gives_the_same_bits(seed):
     for _ in range(20):
         out = flexattn.flex_attention(q, k, v, block_mask=block)
         runs.append([out, *torch.autograd.grad(out, (q, k, v), d_out)])
-    assert all(torch.equal(x, y) for again in runs[1:] for x, y in zip(runs[0], again, strict=True))
+    served = {found.kernel for found in launch_gpu._backwards.values()}
+    for again in runs[1:]:
+        for name, x, y in zip(("out", "dq", "dk", "dv"), runs[0], again, strict=True):
+            if name == "dq" and "hopper" in served:
+                assert error(x, y.double()) < 3e-3
+            else:
+                assert torch.equal(x, y), name
 
 
 def test_nothing_is_written_outside_of_the_output(monkeypatch):

@@ -6,6 +6,8 @@ the code. Out: the text of the generated module; on a GPU also the kernels that 
 
 from __future__ import annotations
 
+import torch
+
 from flexattn.analysis.gradient import gradient
 from flexattn.explanation.report import Kernel
 from flexattn.ir.graph import Graph
@@ -13,7 +15,7 @@ from flexattn.ir.mod import Mod
 from flexattn.lower.triton import Facts, lower
 from flexattn.lower.triton_facts import ModFacts, bound_of, mod_facts
 from flexattn.runtime import launch_gpu
-from flexattn.runtime.call import Call
+from flexattn.runtime.call import Call, Result, like_query
 
 LANGUAGE = "Triton"
 
@@ -53,5 +55,13 @@ def kernels(call: Call) -> tuple[Kernel, ...]:
     file = f"kernels/{found.kernel.replace(' ', '_')}.py"
     if found.kernel in ("triton", "hopper"):
         file = f"kernels/{found.kernel}_forward.py"
-    return (Kernel("forward", found.kernel, file, facts=facts),
-            Kernel("backward", "triton", "kernels/triton_backward.py"))
+    return (Kernel("forward", found.kernel, file, facts=facts), _backward(call))
+
+
+def _backward(call: Call) -> Kernel:
+    """The one that serves gradients as the query lies in memory."""
+    out = like_query(call.query, call.value.shape[-1])
+    lse = torch.empty(call.query.shape[:3], dtype=torch.float32, device=out.device)
+    found = launch_gpu.backward_choice(call, Result(out, lse), out, None)
+    return Kernel("backward", found.kernel, f"kernels/{found.kernel}_backward.py",
+                  facts={f"not {name}": reason for name, reason in found.refusals})

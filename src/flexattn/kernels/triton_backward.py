@@ -108,6 +108,17 @@ def prepare(out, d_out, lse, d_lse, statistics, sizes, VALUE_DIM: tl.constexpr,
 
 
 @triton.jit
+def round_query_gradient(total, dq_out, sizes, scale, DIM: tl.constexpr, ROWS: tl.constexpr):
+    """dq = scale * total, which is float32 [line, length, DIM] with length >= q_len."""
+    heads, q_len, length = sizes
+    line = tl.program_id(1)
+    first = tl.program_id(0) * ROWS
+    row = tl.cast(line, tl.int64) * length + first + tl.arange(0, ROWS)
+    found = tl.load(total + row[:, None] * DIM + tl.arange(0, DIM)[None, :])
+    store_rows(dq_out, (found * scale,), line // heads, line % heads, first, q_len, DIM, DIM, ROWS)
+
+
+@triton.jit
 def _key_value_step(sums, k, v, q, d_out, statistics, at, head, columns, first_q, sizes, scale,
                     args, MODS: tl.constexpr, F: tl.constexpr, MASKED: tl.constexpr):
     """Adds what the queries of one tile contribute. Scores are transposed: [kv, q]."""

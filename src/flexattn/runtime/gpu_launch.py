@@ -50,15 +50,24 @@ _WIDEST_BOX = 128  # bytes of a row that one copy of TMA brings
 
 
 class Box(NamedTuple):
-    """A tensor that a kernel reads through a TMA descriptor, tile by tile."""
+    """A tensor that a kernel reads or writes through a TMA descriptor, tile by tile; exact and
+    swizzled as in TensorMap."""
 
     tensor: Tensor
     rows: int
     columns: int
+    exact: bool = False
+    swizzled: bool = True
 
     def map(self) -> TensorMap:
-        widest = _WIDEST_BOX // self.tensor.element_size()
-        return TensorMap(self.tensor, self.rows, min(self.columns, widest))
+        widest = _WIDEST_BOX // self.tensor.element_size() if self.swizzled else self.columns
+        return TensorMap(self.tensor, self.rows, min(self.columns, widest), self.exact,
+                         self.swizzled)
+
+    @property
+    def values(self) -> list[Any]:
+        """A launch's values: Triton wants sizes and strides beside a descriptor."""
+        return [self, *self.tensor.shape, *self.tensor.stride()]
 
 
 def tensor_type(dtype: torch.dtype, rows: int, columns: int, boxed: bool) -> tuple[str, ...]:
@@ -69,9 +78,9 @@ def tensor_type(dtype: torch.dtype, rows: int, columns: int, boxed: bool) -> tup
 
 
 def tensor_values(tensor: Tensor, rows: int, columns: int, boxed: bool) -> list[Any]:
-    """A launch's values for such a tensor: Triton wants sizes and strides beside a descriptor."""
+    """A launch's values for such a tensor."""
     if boxed:
-        return [Box(tensor, rows, columns), *tensor.shape, *tensor.stride()]
+        return Box(tensor, rows, columns).values
     return [tensor, *tensor.stride()[:3]]
 
 

@@ -1,17 +1,18 @@
 """A validated call on a GPU: which kernel serves it, and its launch.
 
-In: a runtime.call.Call. Out: its Result. The kernels are asked in the order of `FORWARD`; each
-prepares the call or gives a `Refusal` that says why not, which `why` shows. What was chosen for a
-call is found again by everything it depends on, so that a call in the steady state only looks it
-up, allocates, and launches.
+In: a runtime.call.Call. Out: its Result, or its Gradients. The kernels are asked in the order of
+`FORWARD` or `BACKWARD`; each prepares the call or gives a `Refusal` that says why not. What was
+chosen for a call is found again by everything it depends on, so that a call in the steady state
+only looks it up, allocates, and launches.
 
-With FLEXATTN_CHECK=1 every call waits for its kernel and raises what it reported.
+With FLEXATTN_UNPROVEN=1 kernels that are still being proven are asked too. With
+FLEXATTN_CHECK=1 every call waits for its kernel and raises what it reported.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from flexattn.errors import DeviceError, DtypeError, message
 from flexattn.runtime import (
     gpu_mods,
     launch_hopper,
+    launch_hopper_backward,
     launch_triton,
     launch_triton_backward,
     launch_triton_decode,
@@ -36,8 +38,16 @@ FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
     "hopper": launch_hopper.prepare,
     "triton": launch_triton.prepare,
 }
+BACKWARD: dict[str, Callable[..., PreparedBackward | Refusal]] = {
+    "hopper": launch_hopper_backward.prepare,
+    "triton": launch_triton_backward.prepare,
+}
+# Kernels whose tests on a GPU have not all passed yet serve only those who ask for them.
+_UNPROVEN_BACKWARD = frozenset() if os.environ.get("FLEXATTN_UNPROVEN") == "1" else frozenset(
+    {"hopper"})
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHECK = os.environ.get("FLEXATTN_CHECK") == "1"
+_OFF = Refusal("not proven on a GPU yet: FLEXATTN_UNPROVEN=1 lets it serve")
 _MOST_PREPARED = 4096
 
 
@@ -46,13 +56,13 @@ class Choice:
     """The kernel that serves a call, and why those before it do not."""
 
     kernel: str
-    prepared: Prepared
+    prepared: Any  # a Prepared or a PreparedBackward
     refusals: tuple[tuple[str, str], ...]
     keep: Any  # the mods whose graphs' identity the call was found by
 
 
 _choices: dict[tuple, Choice] = {}
-_backwards: dict[tuple, tuple[PreparedBackward, Any]] = {}
+_backwards: dict[tuple, Choice] = {}
 
 
 def forward(call: Call) -> Result:
@@ -80,22 +90,20 @@ def backward(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) ->
     d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
     with on(call.query.device):
-        return _backward_of(call, result, d_out, d_lse).run(call, result, d_out, d_lse)
+        chosen = backward_choice(call, result, d_out, d_lse)
+        return chosen.prepared.run(call, result, d_out, d_lse)
 
 
-def _backward_of(call: Call, result: Result, d_out: Tensor,
-                 d_lse: Tensor | None) -> PreparedBackward:
+def backward_choice(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> Choice:
+    """The kernel of a call's backward, prepared."""
     key = (*_key(call), d_out.stride(), d_out.data_ptr() & 15, d_lse is None,
            triton_backward_plan.deterministic(call))
     found = _backwards.get(key)
     if found is None:
         if len(_backwards) >= _MOST_PREPARED:
             _backwards.clear()
-        prepared = launch_triton_backward.prepare(call, result, d_out, d_lse)
-        if isinstance(prepared, Refusal):
-            raise _no_kernel([("triton", prepared.reason)])
-        found = _backwards[key] = (prepared, (call.score, call.mask))
-    return found[0]
+        found = _backwards[key] = _first(BACKWARD, _UNPROVEN_BACKWARD, call, result, d_out, d_lse)
+    return found
 
 
 def choice(call: Call) -> Choice:
@@ -115,10 +123,16 @@ def _chosen(call: Call) -> Choice:
                                  expected="float16, bfloat16 or float32",
                                  got=str(call.query.dtype),
                                  remedy="convert the tensors, or run them on the CPU"))
+    return _first(FORWARD, frozenset(), call)
+
+
+def _first(kernels: Mapping[str, Callable[..., Any]], unproven: frozenset[str], call: Call,
+           *more: Any) -> Choice:
+    """The first kernel that takes a call."""
     refusals: list[tuple[str, str]] = []
-    for name, prepare in FORWARD.items():
-        prepared = prepare(call)
-        if isinstance(prepared, Prepared):
+    for name, prepare in kernels.items():
+        prepared = _OFF if name in unproven else prepare(call, *more)
+        if not isinstance(prepared, Refusal):
             return Choice(name, prepared, tuple(refusals), (call.score, call.mask))
         refusals.append((name, prepared.reason))
     raise _no_kernel(refusals)
@@ -147,7 +161,7 @@ def _mod_key(mod: Mod | None) -> tuple | None:
 
 def _mask_key(call: Call) -> tuple | None:
     mask = call.block_mask
-    return None if mask is None else (mask.shape[:2], mask.BLOCK_SIZE, mask.table.runs is None)
+    return None if mask is None else (mask.shape[:2], mask.BLOCK_SIZE)
 
 
 def _nothing_attended(call: Call) -> Result:

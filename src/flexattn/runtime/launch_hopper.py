@@ -69,8 +69,6 @@ def _refused(call: Call) -> str | None:
         return f"{str(q.dtype).removeprefix('torch.')} is not a 16-bit type"
     if q.shape[-1] <= 32 or v.shape[-1] <= 32 or q.shape[-1] % 8 or v.shape[-1] % 8:
         return "heads must have more than 32 columns, a multiple of 8"
-    if call.block_mask is not None and call.block_mask.table.runs is not None:
-        return "making its tables would wait for the device, which max_runs forbids"
     if not forward_configs(q.shape[-1], v.shape[-1], True):
         return f"no tile for heads of {q.shape[-1]} and {v.shape[-1]} columns"
     return None
@@ -139,7 +137,7 @@ def descriptor_type(kind: str, rows: int, columns: int) -> str:
     return f"tensordesc<{kind}{box},{layout!r}>"
 
 
-_GLUON_TYPES = {"fp16": "float16", "bf16": "bfloat16"}
+_GLUON_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 _counters: dict[tuple[int, int], Tensor] = {}
 
 

@@ -44,7 +44,7 @@ from flexattn.runtime.launch_triton import (
 )
 from flexattn.runtime.triton_backward_plan import Shape, parts, tiles_of
 
-_PREPARE_ROWS, _SCATTER_BLOCK = 32, 256
+PREPARE_ROWS, _SCATTER_BLOCK = 32, 256
 _LARGEST_TILE = 128
 _INTEGER_BITS = 61  # of an exact sum
 _MOST_SPILLED = 128  # bytes of local memory a thread
@@ -141,7 +141,7 @@ class _Backward:
     def run(self, call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
         given, call = call, with_rows(call)
         memory, stream = self._buffers(call), stream_of(call.query)
-        self._prepare.fresh(_prepare_values(call, result, d_out, d_lse, memory), stream)
+        self._prepare.fresh(prepare_values(call, result, d_out, d_lse, memory.statistics), stream)
         self._keys.fresh(self._key_values(call, d_out, memory), stream)
         if self.exact_sums:
             memory.units = self._units(memory.peaks.view(torch.float32))
@@ -227,12 +227,12 @@ class _Backward:
         with_lse = d_lse is not None
 
         def build() -> Source:
-            return _prepare_source(dtype, value_dim, with_lse)
+            return prepare_source(dtype, value_dim, with_lse)
 
         key = repr(("triton prepare", dtype, value_dim, with_lse))
         return Launch(function(key, call.query.device, build), build,
-                      (self.q_length // _PREPARE_ROWS, self.lines, 1),
-                      _prepare_values(call, result, d_out, d_lse, memory))
+                      (self.q_length // PREPARE_ROWS, self.lines, 1),
+                      prepare_values(call, result, d_out, d_lse, memory.statistics))
 
     def _scatter_launch(self, call: Call, memory: _Buffers, read: int) -> Launch:
         kind = ("row" if read in self.reads.rows else
@@ -290,22 +290,24 @@ def one(device: torch.device) -> Tensor:
     return torch.ones(1, dtype=torch.float64, device=device)
 
 
-def _prepare_values(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None,
-                    memory: _Buffers) -> list[Any]:
+def prepare_values(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None,
+                   statistics: Tensor) -> list[Any]:
+    """Of the kernel that fills statistics: float32 [2 * batch * heads, length], lse2 and then
+    delta, with room for whole tiles."""
     values: list[Any] = []
     for t in (result.out, d_out):
         values += [t, *t.stride()[:3]]
     values += [result.lse, *([d_lse] if d_lse is not None else [])]
     q = call.query.shape
-    return [*values, memory.statistics, memory.statistics.stride(0), q[1], q[2], q[0] * q[1]]
+    return [*values, statistics, statistics.stride(0), q[1], q[2], q[0] * q[1]]
 
 
-def _prepare_source(dtype: torch.dtype, value_dim: int, with_lse: bool) -> Source:
+def prepare_source(dtype: torch.dtype, value_dim: int, with_lse: bool) -> Source:
     from flexattn.kernels.triton_backward import prepare as kernel
 
     tensor = (f"*{TYPES[dtype]}", *TENSOR)
     constants = {"VALUE_DIM": value_dim, "PADDED_DIM": power_of_two(value_dim),
-                 "ROWS": _PREPARE_ROWS}
+                 "ROWS": PREPARE_ROWS}
     signature = {"out": tensor, "d_out": tensor, "lse": "*fp32",
                  "d_lse": "*fp32" if with_lse else "constexpr", "statistics": ("*fp32", "i64"),
                  "sizes": ("i32",) * 3, **dict.fromkeys(constants, "constexpr")}

@@ -18,8 +18,9 @@ from torch import Tensor
 from flexattn.runtime.gpu_driver import driver, target
 
 _BYTES = 128
-# CUtensorMapDataType; float32 is rounded to tf32 on its way
+# CUtensorMapDataType; float32 is rounded to tf32 on its way unless it is to stay exact
 _TYPES = {torch.float16: 6, torch.bfloat16: 9, torch.float32: 11}
+_EXACT_FLOAT32 = 7
 _SWIZZLES = {32: 1, 64: 2, 128: 3}  # by the bytes of a box's row
 _L2_PROMOTION_128 = 2
 _MOST_ADDRESSES = 64
@@ -34,11 +35,14 @@ def _encode() -> Any:
 
 
 class TensorMap:
-    """Descriptors of tensors that differ in their address only."""
+    """Descriptors of tensors that differ in their address only. exact: float32 stays as it is.
+    swizzled: a box's rows lie in shared memory as tensor cores read them, not one by one."""
 
-    def __init__(self, tensor: Tensor, rows: int, columns: int) -> None:
+    def __init__(self, tensor: Tensor, rows: int, columns: int, exact: bool = False,
+                 swizzled: bool = True) -> None:
         size = tensor.element_size()
-        self._type, self._swizzle = _TYPES[tensor.dtype], _SWIZZLES[columns * size]
+        self._type = _EXACT_FLOAT32 if exact and size == 4 else _TYPES[tensor.dtype]
+        self._swizzle = _SWIZZLES[columns * size] if swizzled else 0
         self._shape = (c_uint64 * 4)(*reversed(tensor.shape))
         # A dimension of one element has any stride.
         strides = [stride * size if length > 1 else 16

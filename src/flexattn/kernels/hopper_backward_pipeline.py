@@ -1,0 +1,340 @@
+"""The pipeline of Hopper's backward: what its warps share, the producer, and the reducer of dq.
+
+In: TMA descriptors, the problem's sizes and the block mask's tables. Out: the key and value rows of
+a CTA and tile after tile of queries in shared memory; dq, added up in global memory.
+
+Who waits for whom: data arrives on mbarriers (`*_full`). Everything else goes by the hardware's
+named barriers: the consumers give back a stage, each hands its share of dq to the reducer and gets
+the memory back, and in the middle of a step the two meet.
+"""
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from flexattn.kernels.gluon_shim import reinterpret, tma_add, tma_load
+from flexattn.kernels.hopper_pipeline import named_barrier
+from flexattn.kernels.triton_tiles import ends_ragged, first_block, next_block
+
+
+class Sizes(NamedTuple):
+    """int32. kv_batches: 1, or as many as batches."""
+
+    q_len: object
+    kv_len: object
+    batches: object
+    heads: object
+    kv_batches: object
+    kv_heads: object
+
+
+class Blocks(NamedTuple):
+    """The block mask by tiles of keys: tables of the runs of full and of partial blocks (see
+    runtime/gpu_tables.py), and its batches and heads (int32)."""
+
+    full: object
+    partial: object
+    batches: object
+    heads: object
+
+
+class Inputs(NamedTuple):
+    """TMA descriptors, of [batch, head, row, column]; statistics of [1, batch * head, lse2 and
+    delta, row]."""
+
+    q: object
+    k: object
+    v: object
+    d_out: object
+    statistics: object
+
+
+class Shared(NamedTuple):
+    """Shared memory. k and v: 64 rows of each consumer. q, d_out, statistics: a tile a stage.
+    ds: of each consumer, twice; dq: each one's share. step: of each of twice as many steps as
+    there are stages, the line (batch and head) and the first query, for the reducer and the mods.
+    never: two mbarriers that nobody uses, see `end_block`."""
+
+    q: object
+    k: object
+    v: object
+    d_out: object
+    statistics: object
+    ds: object
+    dq: object
+    step: object
+    kv_full: object
+    q_full: object
+    d_out_full: object
+    never: object
+
+
+class Place(NamedTuple):
+    """The keys of a CTA: batch and head of k and v, and the tile."""
+
+    batch: object
+    head: object
+    tile: object
+
+
+class Walk(NamedTuple):
+    """The steps of one batch and query head: a row of the block mask's tables; how many full blocks
+    come first, and how many partial ones then. The last block of queries, where it is ragged,
+    counts as partial if a mod looks at it."""
+
+    batch: object
+    head: object
+    row: object
+    full: object
+    partial: object
+
+
+ROWS = gl.constexpr(64)  # of a consumer: keys, and queries or columns of dq
+
+# Named barriers: 16 exist, of which Triton uses the lowest, one more than there are partitions.
+
+_DQ_FULL = gl.constexpr(5)  # and 6: one per consumer
+_DQ_EMPTY = gl.constexpr(7)  # and 15
+_MEET = gl.constexpr(8)
+_STAGE_EMPTY = gl.constexpr(9)  # .. 11: one per stage
+
+
+@gluon.jit
+def meet():
+    """Both consumers come here."""
+    named_barrier("sync", _MEET, 256)
+
+
+@gluon.jit
+def release_stage(stage):
+    named_barrier("arrive", _STAGE_EMPTY + stage, 256 + 32)
+
+
+@gluon.jit
+def await_dq_memory(part: gl.constexpr):
+    named_barrier("sync", _DQ_EMPTY + 8 * part, 128 + 32)
+
+
+@gluon.jit
+def hand_over_dq(part: gl.constexpr):
+    named_barrier("arrive", _DQ_FULL + part, 128 + 32)
+
+
+@gluon.jit
+def end_block(shared, number: gl.constexpr):
+    """Ends a basic block: ptxas moves no wait for tensor cores above it. Each needs its number."""
+    mbarrier.wait(shared.never[number].index(0), 1)
+
+
+@gluon.jit
+def allocate(inputs, dq_desc, C: gl.constexpr) -> Shared:
+    dtype: gl.constexpr = inputs.q.dtype
+    mbarriers: gl.constexpr = mbarrier.MBarrierLayout()
+    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    of_queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C.tile_q, C.head_dim], dtype)
+    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, C.head_dim], dtype)
+    k = gl.allocate_shared_memory(dtype, [2, ROWS, C.head_dim], of_keys)
+    v = gl.allocate_shared_memory(dtype, [2, ROWS, C.head_dim], of_keys)
+    q = gl.allocate_shared_memory(dtype, [C.stages, C.tile_q, C.head_dim], of_queries)
+    d_out = gl.allocate_shared_memory(dtype, [C.stages, C.tile_q, C.head_dim], of_queries)
+    statistics = gl.allocate_shared_memory(
+        gl.float32, [C.stages, 2 * C.tile_q],
+        gl.NVMMASharedLayout.get_default_for([2 * C.tile_q], gl.float32))
+    ds = gl.allocate_shared_memory(
+        dtype, [4, ROWS, C.tile_q],
+        gl.NVMMASharedLayout.get_default_for([ROWS, C.tile_q], dtype))
+    dq = gl.allocate_shared_memory(
+        gl.float32, [2, ROWS, 64],
+        gl.NVMMASharedLayout.get_default_for([ROWS, 64], gl.float32))
+    step = gl.allocate_shared_memory(gl.int32, [4 * C.stages, 1], words)
+    kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarriers)
+    q_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarriers)
+    d_out_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarriers)
+    # Apart, or Triton would put a barrier between the waits for them.
+    never = (gl.allocate_shared_memory(gl.int64, [1, 1], mbarriers),
+             gl.allocate_shared_memory(gl.int64, [1, 1], mbarriers))
+    for i in gl.static_range(2):
+        mbarrier.init(kv_full.index(i), count=1)
+        mbarrier.init(never[i].index(0), count=1)
+    for stage in gl.static_range(gl.constexpr(C.stages)):
+        mbarrier.init(q_full.index(stage), count=1)
+        mbarrier.init(d_out_full.index(stage), count=1)
+    return Shared(q, k, v, d_out, statistics, ds, dq, step, kv_full, q_full, d_out_full, never)
+
+
+@gluon.jit
+def next_place(stage, phase, C: gl.constexpr):
+    """Of the ring of stages."""
+    stage += 1
+    if stage == C.stages:
+        stage = 0
+        phase ^= 1
+    return stage, phase
+
+
+@gluon.jit
+def put_step(shared, stage, phase, line, first_q, C: gl.constexpr):
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    place = 2 * (stage + C.stages * phase)
+    shared.step.index(place).store(gl.full([1], line, gl.int32, one))
+    shared.step.index(place + 1).store(gl.full([1], first_q, gl.int32, one))
+
+
+@gluon.jit
+def _step(shared, stage, phase, which: gl.constexpr, C: gl.constexpr):
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    place = 2 * (stage + C.stages * phase)
+    return shared.step.index(place + which).load(one).item()
+
+
+@gluon.jit
+def first_query(shared, stage, phase, C: gl.constexpr):
+    """Of a step."""
+    return _step(shared, stage, phase, 1, C)
+
+
+# The walk
+
+
+@gluon.jit
+def keys_of(sizes, C: gl.constexpr) -> Place:
+    tiles = gl.cdiv(sizes.kv_len, C.tile_kv)
+    line = gl.program_id(0) // tiles
+    return Place(line // sizes.kv_heads, line % sizes.kv_heads, gl.program_id(0) % tiles)
+
+
+@gluon.jit
+def sharers(sizes):
+    """How many query heads (and sequences) have the same keys."""
+    return sizes.heads // sizes.kv_heads * (sizes.batches // sizes.kv_batches)
+
+
+@gluon.jit
+def _blocks(table, row):
+    run = gl.load(table[0] + row)
+    runs = gl.load(table[0] + row + 1)
+    return (gl.load(table[3] + runs) - gl.load(table[3] + run)).to(gl.int32)
+
+
+@gluon.jit
+def walk_of(place, sharer, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr) -> Walk:
+    group = sizes.heads // sizes.kv_heads
+    batch = place.batch + sharer // group
+    head = place.head * group + sharer % group
+    tiles = gl.cdiv(sizes.q_len, C.tile_q)
+    if blocks is None:
+        row = place.tile
+        full = tiles
+        partial = tiles * 0
+        ragged = (sizes.q_len % C.tile_q != 0).to(gl.int32)
+    else:
+        mask_line = (batch % blocks.batches) * blocks.heads + head % blocks.heads
+        row = mask_line * gl.cdiv(sizes.kv_len, C.tile_kv) + place.tile
+        full = _blocks(blocks.full, row)
+        partial = _blocks(blocks.partial, row)
+        ragged = ends_ragged(blocks.full, row, tiles, sizes.q_len, C.tile_q)
+    if MODS.score_mod is None:  # statistics beyond the end make probabilities 0
+        ragged = ragged * 0
+    return Walk(batch, head, row, full - ragged, partial + ragged)
+
+
+# The producer, one warp
+
+
+@gluon.jit
+def _load(desc, batch, head, row, full, memory):
+    box: gl.constexpr = desc.block_type.shape
+    tma_load(desc, [batch, head, row, 0], full, reinterpret(memory, box, desc.layout))
+
+
+@gluon.jit
+def _load_keys(desc, place, full, memory, C: gl.constexpr):
+    mbarrier.expect(full, 2 * desc.block_type.nbytes)
+    for part in gl.static_range(2):
+        _load(desc, place.batch, place.head, place.tile * C.tile_kv + part * ROWS, full,
+              memory.index(part))
+
+
+@gluon.jit
+def _load_step(inputs, place, walk, line, block, stage, phase, first, shared, C: gl.constexpr):
+    """One tile of queries, when its stage is free. Gives the next stage."""
+    first_q = block * C.tile_q
+    named_barrier("sync", _STAGE_EMPTY + stage, 256 + 32)
+    put_step(shared, stage, phase, line, first_q, C)
+    full = shared.q_full.index(stage)
+    mbarrier.expect(full, inputs.q.block_type.nbytes + inputs.statistics.block_type.nbytes)
+    _load(inputs.q, walk.batch, walk.head, first_q, full, shared.q.index(stage))
+    statistics: gl.constexpr = inputs.statistics.block_type.shape
+    tma_load(inputs.statistics, [0, line, 0, first_q], full,
+             reinterpret(shared.statistics.index(stage), statistics, inputs.statistics.layout))
+    if first:
+        _load_keys(inputs.v, place, shared.kv_full.index(1), shared.v, C)
+    full = shared.d_out_full.index(stage)
+    mbarrier.expect(full, inputs.d_out.block_type.nbytes)
+    _load(inputs.d_out, walk.batch, walk.head, first_q, full, shared.d_out.index(stage))
+    return next_place(stage, phase, C)
+
+
+@gluon.jit
+def produce(inputs, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
+    """Loads the keys, the first tile of queries, the values, and then tile after tile."""
+    place = keys_of(sizes, C)
+    _load_keys(inputs.k, place, shared.kv_full.index(0), shared.k, C)
+    last = gl.cdiv(sizes.q_len, C.tile_q) - 1
+    stage = 0
+    phase = 0
+    first = True
+    for sharer in range(sharers(sizes)):
+        walk = walk_of(place, sharer, sizes, blocks, C, MODS)
+        line = walk.batch * sizes.heads + walk.head
+        if blocks is None:
+            for block in range(walk.full + walk.partial):
+                stage, phase = _load_step(inputs, place, walk, line, block, stage, phase, first,
+                                          shared, C)
+                first = False
+        else:
+            _, run, runs, block, stop = first_block(blocks.full, walk.row, last)
+            partly = first_block(blocks.partial, walk.row, last)
+            for _ in range(walk.full):
+                stage, phase = _load_step(inputs, place, walk, line, block, stage, phase, first,
+                                          shared, C)
+                first = False
+                run, block, stop = next_block(blocks.full, run, runs, block, stop, last)
+            _, run, runs, block, stop = partly
+            for _ in range(walk.partial):
+                stage, phase = _load_step(inputs, place, walk, line, block, stage, phase, first,
+                                          shared, C)
+                first = False
+                run, block, stop = next_block(blocks.partial, run, runs, block, stop, last)
+    if first:  # no query attends to these keys
+        _load_keys(inputs.v, place, shared.kv_full.index(1), shared.v, C)
+
+
+# The reducer, one warp
+
+
+@gluon.jit
+def reduce(dq_desc, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
+    """Adds the consumers' shares of dq to global memory, step by step."""
+    box: gl.constexpr = dq_desc.block_type.shape
+    place = keys_of(sizes, C)
+    stage = 0
+    phase = 0
+    named_barrier("arrive", _DQ_EMPTY, 128 + 32)
+    named_barrier("arrive", _DQ_EMPTY + 8, 128 + 32)
+    for sharer in range(sharers(sizes)):
+        walk = walk_of(place, sharer, sizes, blocks, C, MODS)
+        line = walk.batch * sizes.heads + walk.head
+        for _ in range(walk.full + walk.partial):
+            for part in gl.static_range(2):
+                named_barrier("sync", _DQ_FULL + part, 128 + 32)
+                row = first_query(shared, stage, phase, C) + part * C.row_step
+                tma_add(dq_desc, [0, line, row, part * C.column_step],
+                        reinterpret(shared.dq.index(part), box, dq_desc.layout))
+            tma.store_wait(1)
+            named_barrier("arrive", _DQ_EMPTY, 128 + 32)
+            tma.store_wait(0)
+            named_barrier("arrive", _DQ_EMPTY + 8, 128 + 32)
+            stage, phase = next_place(stage, phase, C)
