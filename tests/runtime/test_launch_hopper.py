@@ -5,16 +5,49 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flexattn.kernels.hopper_config import forward_configs
 from flexattn.runtime.call import Call
 from flexattn.runtime.gpu_launch import Refusal
-from flexattn.runtime.launch_hopper import prepare, with_boxes
+from flexattn.runtime.launch_hopper import crowded, prepare, with_boxes
 from flexattn.runtime.tensor_map import takes
+from flexattn.trace import specialize, trace_mask_mod, trace_score_mod
 
 
 def test_other_devices_are_refused():
     q = torch.randn(1, 2, 64, 64)
     refused = prepare(Call(q, q, q, 1.0))
     assert isinstance(refused, Refusal) and "sm_90" in refused.reason
+
+
+SLOPES = torch.ones(4)
+
+
+def alibi(score, b, h, q_idx, kv_idx):
+    return score + SLOPES[h] * (kv_idx - q_idx)
+
+
+def softcap(score, b, h, q_idx, kv_idx):
+    return 20 * torch.tanh(score / 20)
+
+
+def causal(b, h, q_idx, kv_idx):
+    return q_idx >= kv_idx
+
+
+def window(b, h, q_idx, kv_idx):
+    return (q_idx >= kv_idx) & (q_idx - kv_idx < 64)
+
+
+@pytest.mark.parametrize("score_mod, mask_mod, expected", [
+    (None, None, False), (alibi, None, False), (None, causal, False), (softcap, causal, False),
+    (alibi, causal, True), (None, window, True)])
+def test_mods_that_three_consumers_do_not_hold(score_mod, mask_mod, expected):
+    q = torch.empty(1, 4, 128, 64, dtype=torch.bfloat16)
+    call = Call(q, q, q, 1.0, score_mod and specialize(trace_score_mod(score_mod)),
+                mask_mod and specialize(trace_mask_mod(mask_mod)))
+    assert crowded(call) is expected
+    tiles = [c.consumers for c in forward_configs(64, 64, True, crowded(call))]
+    assert tiles == ([2, 2] if expected else [3, 2, 2])
 
 
 @pytest.mark.parametrize("tensor, taken", [

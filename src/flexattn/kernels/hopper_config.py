@@ -61,10 +61,13 @@ _TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int], ...]] = {
 }
 
 
-def forward_configs(head_dim: int, value_dim: int, fold_scale: bool) -> tuple[ForwardConfig, ...]:
-    """Configs for heads of these sizes; none where the kernel does not serve them."""
+def forward_configs(head_dim: int, value_dim: int, fold_scale: bool,
+                    crowded: bool = False) -> tuple[ForwardConfig, ...]:
+    """Configs for heads of these sizes; none where the kernel does not serve them. crowded: the
+    mod needs more registers than three consumers leave it."""
     for (chunks, chunk, values), tiles in _TILES.items():
         if chunks * chunk >= head_dim and values >= value_dim:
             return tuple(ForwardConfig(consumers, chunks, chunk, values, tile_kv, stages,
-                                       fold_scale) for consumers, tile_kv, stages in tiles)
+                                       fold_scale) for consumers, tile_kv, stages in tiles
+                         if consumers < 3 or not crowded)
     return ()

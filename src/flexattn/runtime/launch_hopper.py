@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from flexattn.compile_triton import Source, load
+from flexattn.ir.ops import COMPARISON
 from flexattn.kernels.hopper_config import ForwardConfig, forward_configs
+from flexattn.lower.separate import TILE, levels
 from flexattn.runtime.call import Call, Result
 from flexattn.runtime.gpu_driver import Function, multiprocessors, shared_limit, target
 from flexattn.runtime.gpu_launch import TYPES, Prepared, Refusal, function, stream_of
@@ -44,7 +46,8 @@ def prepare(call: Call) -> Prepared | Refusal:
     device = call.query.device
     fold = call.score is None and call.scale > 0
     chosen = None
-    for config in forward_configs(call.query.shape[-1], call.value.shape[-1], fold):
+    for config in forward_configs(call.query.shape[-1], call.value.shape[-1], fold,
+                                  crowded(call)):
         plan = HopperPlan(config, code, call.query.dtype, call.block_mask is not None,
                           call.want_lse, call.want_max_scores)
         found = function(plan.key, device, plan.source)
@@ -72,6 +75,17 @@ def _refused(call: Call) -> str | None:
     if not forward_configs(q.shape[-1], v.shape[-1], True):
         return f"no tile for heads of {q.shape[-1]} and {v.shape[-1]} columns"
     return None
+
+
+def crowded(call: Call) -> bool:
+    """Whether the mods spill with three consumers, which need not be compiled to know it: a mask
+    compares rows with columns more than once, or a masked score is made of indices."""
+    if call.mask is None:
+        return False
+    level = levels(call.mask.graph.nodes)
+    compared = sum(n.op in COMPARISON and level[n] == TILE for n in call.mask.graph.nodes)
+    indices = call.score.graph.inputs() & {"q_idx", "kv_idx"} if call.score else ()
+    return compared > 1 or bool(indices)
 
 
 def with_boxes(call: Call) -> Call:
