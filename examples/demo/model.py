@@ -22,14 +22,14 @@ Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def alibi(slopes: Tensor) -> Callable[..., Any]:
     """Distance costs: each head has a slope of its own (arXiv 2108.12409)."""
-    def score_mod(score, b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return score + slopes[h] * (kv_idx - q_idx)
     return score_mod
 
 
 def documents_causal(documents: Tensor) -> Callable[..., Any]:
     """A byte sees the earlier bytes of its own document, and itself."""
-    def mask_mod(b, h, q_idx, kv_idx):  # type: ignore[no-untyped-def]
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return (documents[b, q_idx] == documents[b, kv_idx]) & (q_idx >= kv_idx)
     return mask_mod
 

@@ -9,19 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+MEAN = 10  # steps that the loss is averaged over
 COLOURS = {0: "var(--empty)", 1: "var(--partial)", 2: "var(--full)"}
 
 STYLE = """
-:root { --ink: #1d2433; --soft: #667085; --line: #d8dee8; --paper: #fff; --card: #f6f8fb;
+:root { --ink: #1d2433; --soft: #667085; --line: #d8dee8; --step: #a9b7cf; --paper: #fff; --card: #f6f8fb;
   --accent: #2f6fde; --empty: #eef1f6; --partial: #f2b544; --full: #2f6fde; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #344054;
-  --paper: #12161f; --card: #1b212d; --accent: #7aa7ff; --empty: #222a38; --full: #5b8def; } }
+  --step: #56657d; --paper: #12161f; --card: #1b212d; --accent: #7aa7ff; --empty: #222a38; --full: #5b8def; } }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 880px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .9rem; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px;
   padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.45; }
+.wrap { white-space: pre-wrap; overflow-wrap: anywhere; }
 table { border-collapse: collapse; } th, td { padding: .35rem 1.2rem .35rem 0; text-align: left;
   border-bottom: 1px solid var(--line); } td.n, th.n { text-align: right; }
 svg { width: 100%; height: auto; } .square { max-width: 420px; }
@@ -67,6 +69,8 @@ def page(story: Story) -> str:
 <p>{escape(story.summary)}</p><p class="soft">{escape(story.machine)}</p>
 <h2>Loss</h2>
 {curve(story.losses)}
+<p class="soft"><i style="background:var(--accent)"></i>mean of the last {MEAN} steps
+<i style="background:var(--step)"></i>each step</p>
 <p>{escape(story.agreement)}</p>
 <h2>Speed</h2>
 {table(story.speeds)}
@@ -85,7 +89,7 @@ them. torch's flex_attention runs without torch.compile and has no backward on a
 <div class="columns"><div><p class="soft">its graph</p><pre>{escape(story.graph)}</pre></div>
 <div><p class="soft">its gradient, a graph too</p><pre>{escape(story.gradient)}</pre></div></div>
 <h2>What the model writes after this training</h2>
-<pre>{escape(story.sample)}</pre>
+<pre class="wrap">{escape(story.sample)}</pre>
 </body></html>
 """
 
@@ -104,7 +108,7 @@ def table(speeds: Sequence[Speed]) -> str:
 
 
 def curve(losses: Sequence[float], width: int = 860, height: int = 260) -> str:
-    """The loss of every step, and its running mean."""
+    """The loss of every step, and the mean of the last few."""
     left, bottom = 40, 24
     top = max(losses)
     low = min(losses)
@@ -122,19 +126,16 @@ def curve(losses: Sequence[float], width: int = 860, height: int = 260) -> str:
         for tick, y in ((t, 8 + (top - t) * (height - bottom - 14) / max(top - low, 1e-9))
                         for t in ticks))
     return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss by step">{lines}'
-            f'<polyline points="{points(losses)}" fill="none" stroke="var(--line)"/>'
+            f'<polyline points="{points(losses)}" fill="none" stroke="var(--step)"/>'
             f'<polyline points="{points(_running_mean(losses))}" fill="none" '
             'stroke="var(--accent)" stroke-width="2"/>'
             f'<text x="{width - 10}" y="{height - 4}" text-anchor="end">step {len(losses)}</text>'
             f'<text x="{left}" y="{height - 4}">nats a byte</text></svg>')
 
 
-def _running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    mean, out = values[0], []
-    for value in values:
-        mean = keep * mean + (1 - keep) * value
-        out.append(mean)
-    return out
+def _running_mean(values: Sequence[float]) -> list[float]:
+    windows = (values[max(0, end - MEAN):end] for end in range(1, len(values) + 1))
+    return [sum(window) / len(window) for window in windows]
 
 
 def picture(mask: Sequence[Sequence[int]]) -> str:
