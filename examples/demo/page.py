@@ -13,10 +13,11 @@ MEAN = 10  # steps that the loss is averaged over
 COLOURS = {0: "var(--empty)", 1: "var(--partial)", 2: "var(--full)"}
 
 STYLE = """
-:root { --ink: #1d2433; --soft: #667085; --line: #d8dee8; --step: #a9b7cf; --paper: #fff; --card: #f6f8fb;
-  --accent: #2f6fde; --empty: #eef1f6; --partial: #f2b544; --full: #2f6fde; }
+:root { --ink: #1d2433; --soft: #667085; --line: #d8dee8; --step: #a9b7cf; --paper: #fff;
+  --card: #f6f8fb; --accent: #2f6fde; --empty: #eef1f6; --partial: #f2b544; --full: #2f6fde; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #344054;
-  --step: #56657d; --paper: #12161f; --card: #1b212d; --accent: #7aa7ff; --empty: #222a38; --full: #5b8def; } }
+  --step: #56657d; --paper: #12161f; --card: #1b212d; --accent: #7aa7ff; --empty: #222a38;
+  --full: #5b8def; } }
 body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 880px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
