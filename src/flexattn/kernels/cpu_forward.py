@@ -48,6 +48,7 @@ ARGUMENTS = (
 )  # fmt: skip
 PACK_PANELS = 16  # panels of keys and values packed in one unit of work
 FLAG_WORDS = 8  # i64 words between counters, one cache line
+GRAIN = 8  # keys: what the product of probabilities and values takes at once
 COUNTER_WORDS = 2 * FLAG_WORDS  # next unit, next scratch; then one counter a kv head
 
 
@@ -63,7 +64,7 @@ class Forward:
     def emit(self) -> str:
         """The whole module; exports `forward(arguments)` and `scratch_bytes() -> i64`."""
         pack_unit = self._pack_unit()
-        attend, *arrays = emit_attend(self.module, self.frame, ARGUMENTS, self.mask)
+        attend, *arrays = emit_attend(self.module, self.frame, ARGUMENTS, self.mask, GRAIN)
         softmax = []
         for masked in (False, True):
             function, count = emit_softmax(self.module, self.frame, ARGUMENTS, self.score, masked)
@@ -146,7 +147,8 @@ class Forward:
             panel = e.at(key, e.mul(column.index, i64(line)), self.frame.word)
 
             def product(row: Value, count: int) -> None:
-                after_first = e.compare("sle", e.load(first, "i64", row), column.index)
+                end = e.add(column.index, i64(self.frame.columns))
+                after_first = e.compare("slt", e.load(first, "i64", row), end)
                 before_last = e.compare("slt", column.index, e.load(last, "i64", row))
                 with e.if_(e.and_(after_first, before_last)):
                     acc = multiply(e, accumulators(e, count, self.frame.tile.vectors),

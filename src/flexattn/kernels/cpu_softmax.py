@@ -68,11 +68,12 @@ class Injected:
 # Which scores are attended
 
 
-def emit_attend(module: Module, frame: Frame, names: Sequence[str],
-                mask: KernelMod | None) -> tuple[Function, int]:
+def emit_attend(module: Module, frame: Frame, names: Sequence[str], mask: KernelMod | None,
+                grain: int = 0) -> tuple[Function, int]:
     """attend(arguments, scratch, place..., whole): the bits of a tile that needs a mask, because
-    the mask mod decides (unless `whole`) or because keys end within it. Also gives how many
-    column arrays the mask keeps."""
+    the mask mod decides (unless `whole`) or because keys end within it. Ranges of columns are
+    multiples of `grain` (whole packed panels unless told). Also gives how many column arrays the
+    mask keeps."""
     e = module.function("attend", ["ptr", "ptr", *PLACE, "i1"])
     scratch, place, whole = e.params[1], Place(*e.params[2:-1]), e.params[-1]
     mod, arrays, attend_row = None, 0, _attend_stretch
@@ -83,14 +84,14 @@ def emit_attend(module: Module, frame: Frame, names: Sequence[str],
                                        frame.column_array_bytes)
             attend_row = _attend_row
     first, last = (frame.array(e, scratch, n) for n in ("first", "last"))
-    bits = frame.array(e, scratch, "attended")
+    bits, grain = frame.array(e, scratch, "attended"), grain or frame.columns
     with e.loop(place.rows, frame.tile.tile_q) as row:
         e.store(place.width, first, row.index)
         e.store(i64(0), last, row.index)
     with e.loop(0, place.rows) as row:
         start, end = attend_row(e, frame, place, bits, row.index, mod, whole)
-        e.store(e.and_(start, i64(-frame.columns)), first, row.index)
-        e.store(e.and_(e.add(end, i64(frame.columns - 1)), i64(-frame.columns)), last, row.index)
+        e.store(e.and_(start, i64(-grain)), first, row.index)
+        e.store(e.and_(e.add(end, i64(grain - 1)), i64(-grain)), last, row.index)
     frame.row_panels(e, place.rows, lambda row, count: _join(e, first, last, row, count))
     e.ret()
     return e.function, arrays
@@ -208,12 +209,14 @@ def emit_softmax(module: Module, frame: Frame, names: Sequence[str], score: Kern
 
 def _each_row(e: Emitter, frame: Frame, scratch: Value, start: Value, end: Value, result: str,
               body: Callable[[Value, Value, tuple[Value, Value]], Value]) -> None:
-    """result[row] = body(row, its scores, the range of its columns)."""
+    """result[row] = body(row, its scores, the range of its columns in whole panels)."""
     with e.loop(start, end) as row:
         s = e.at(frame.array(e, scratch, "scores"), e.mul(row.index, i64(frame.score_stride)),
                  e.real)
-        span = (e.load(frame.array(e, scratch, "first"), "i64", row.index),
-                e.load(frame.array(e, scratch, "last"), "i64", row.index))
+        first, last = (e.load(frame.array(e, scratch, n), "i64", row.index)
+                       for n in ("first", "last"))
+        span = (e.and_(first, i64(-frame.columns)),
+                e.and_(e.add(last, i64(frame.columns - 1)), i64(-frame.columns)))
         e.store(body(row.index, s, span), frame.array(e, scratch, result), row.index)
 
 

@@ -74,7 +74,7 @@ class Tape:
             self._check(tensor)
             slot = self._slots[id(tensor)] = len(self.captures)
             self.captures.append(tensor)
-        args = tuple(self.cast(i, torch.int64).index for i in indices)
+        args = tuple([self.cast(i, torch.int64).index for i in indices])
         return self.record(Op.LOAD, tensor.dtype, args, slot)
 
     def _check(self, tensor: Tensor) -> None:
@@ -145,7 +145,7 @@ class Tape:
         args, common = self.operands(*values)
         if not common.is_floating_point:
             common = torch.get_default_dtype()
-        return self.record(op, common, tuple(self.cast(a, common).index for a in args))
+        return self.record(op, common, tuple([self.cast(a, common).index for a in args]))
 
 
 @cache

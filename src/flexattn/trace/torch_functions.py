@@ -69,7 +69,7 @@ def _arithmetic(op: Op) -> Rule:
         args, dtype = t.operands(input, other)
         if dtype is torch.bool:
             _refuse(dtype, op.name.lower(), "convert one with .int() first")
-        return t.record(op, dtype, tuple(a.index for a in args))
+        return t.record(op, dtype, tuple([a.index for a in args]))
 
     return rule
 
@@ -79,7 +79,8 @@ def _logic_of_bool(op: Op, bool_op: Op) -> Rule:
 
     def rule(t: Tape, input: Any, other: Any) -> Proxy:
         args, dtype = t.operands(input, other)
-        return t.record(bool_op if dtype is torch.bool else op, dtype, tuple(a.index for a in args))
+        op_of_dtype = bool_op if dtype is torch.bool else op
+        return t.record(op_of_dtype, dtype, tuple([a.index for a in args]))
 
     return rule
 
@@ -91,7 +92,7 @@ def _bitwise(op: Op) -> Rule:
         args, dtype = t.operands(input, other)
         if dtype.is_floating_point or (shift and dtype is torch.bool):
             _refuse(dtype, op.name.lower(), "use torch.where or a comparison, or convert it")
-        return t.record(op, dtype, tuple(a.index for a in args))
+        return t.record(op, dtype, tuple([a.index for a in args]))
 
     return rule
 
@@ -199,7 +200,7 @@ def _clamp(t: Tape, input: Any, min: Any = None, max: Any = None) -> Proxy:
     for op, bound in ((Op.MAX, min), (Op.MIN, max)):
         if bound is not None:
             args, dtype = t.operands(out, bound)
-            out = t.record(op, dtype, tuple(a.index for a in args), CLAMP)
+            out = t.record(op, dtype, tuple([a.index for a in args]), CLAMP)
     return out
 
 

@@ -15,6 +15,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -183,7 +184,8 @@ def specialize(trace: Trace, symbolic: frozenset[int] = frozenset()) -> Mod:
     seen = _skeletons.get(trace.key)
     if seen is None:
         seen = _skeletons.setdefault(trace.key, _Skeleton(trace.numbers))
-    if repr(seen.numbers) != repr(trace.numbers):  # tells 0.0 from -0.0; NaN equals itself
+    same = all(map(is_, seen.numbers, trace.numbers))  # as constants of one function are
+    if not same and repr(seen.numbers) != repr(trace.numbers):  # 0.0 is not -0.0; NaN is itself
         pairs = zip(seen.numbers, trace.numbers, strict=True)
         seen.varying |= {i for i, (old, new) in enumerate(pairs) if repr(old) != repr(new)}
     if not symbolic <= seen.varying:
