@@ -360,6 +360,29 @@ def test_numbers_that_stand_in_the_code_are_constants_of_the_kernel():
     assert {n.attr for n in graph.nodes if n.is_const} == {2.0, 3, 0.5}
 
 
+def test_captured_scalars_and_numbers_are_on_the_querys_device():
+    """A CUDA graph holds no value of the CPU's. Devices without values show where tensors are."""
+    scalar, found = torch.tensor(0.3, requires_grad=True), []
+
+    def backend(graph, inputs):
+        found.extend(n for n in graph.graph.nodes
+                     if n.target is torch.ops.flexattn.attention.default)
+        return lambda *tensors: (torch.empty(1, 1, 20, 16, device="meta"),)
+
+    def attend(q, factor):
+        return flex_attention(q, q, q, lambda s, b, h, i, j: s * factor + scalar)
+
+    compiled = torch.compile(attend, backend=backend, fullgraph=True)
+    q = torch.randn(1, 1, 20, 16, device="meta")
+    for factor in (0.5, 0.7):
+        compiled(q, factor)
+    assert len(found) == 2
+    for node in found:
+        captured = [a.meta["example_value"] for a in node.args[9]]
+        assert [(t.device.type, t.dtype, t.requires_grad) for t in captured] == [
+            ("meta", torch.float32, True), ("meta", torch.float64, False)]
+
+
 def test_exponents_and_divisors_of_integers_stay_known():
     """They make the code what it is: torch takes 2 for a product, a known divisor is one, too."""
     power, size, big = 2.0, 7, 1e30

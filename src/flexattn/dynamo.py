@@ -122,7 +122,7 @@ def _written(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype | N
     written_out = set(map(repr, _constants(read[before:])))
     captured = {repr(n) for n in _numbers(graph)} - written_out
     found = write(trace, lambda number: repr(number) in captured)
-    return Written(found.text, tuple(map(body.outer, found.captures)),
+    return Written(found.text, tuple(map(body.captured, found.captures)),
                    tuple(map(body.scalar, found.reals)), tuple(map(body.whole, found.whole)))
 
 
@@ -259,9 +259,15 @@ class _Body:
             return self._create("call_function", torch.full, ((), value),
                                 {"dtype": torch.float64, "device": self._device})
         made = self._tensor(self.outer(value))
-        if self._device.type == "cpu":
-            return made
-        return self._create("call_method", "to", (made, self._device), {"non_blocking": True})
+        return made if self._device.type == "cpu" else self._moved(made)
+
+    def captured(self, value: Any) -> fx.Proxy:
+        """A captured tensor on the mod's device, where a scalar need not be."""
+        found = self.outer(value)
+        return found if value.device == self._device else self._moved(found)
+
+    def _moved(self, tensor: fx.Proxy) -> fx.Proxy:
+        return self._create("call_method", "to", (tensor, self._device), {"non_blocking": True})
 
     def _tensor(self, number: fx.Proxy) -> fx.Proxy:
         """A symbolic number as a tensor, by operations on tensors down to what Dynamo was given: a
