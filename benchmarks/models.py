@@ -13,6 +13,7 @@ import argparse
 import copy
 import gc
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -140,13 +141,16 @@ def _compare(workload: Workload, make: Make, options: argparse.Namespace,
 
 
 def _runs(name: str, run: Callable[[], object], workload: Workload) -> bool:
-    """Whether it does, once; why not is said."""
+    """Whether it does, once; how long that took, or why not, is said."""
+    start = time.perf_counter()
     try:
         run()
         synchronize(workload.device)
+        print(f"\n{workload.name}, {name}: first run {time.perf_counter() - start:.1f} s",
+              file=sys.stderr, flush=True)
     except Exception as problem:
         print(f"\n{workload.name}, {name}: {type(problem).__name__}: {str(problem)[:120]}",
-              file=sys.stderr)
+              file=sys.stderr, flush=True)
         return False
     finally:
         gc.collect()

@@ -120,10 +120,11 @@ def test_too_many_runs_are_an_error_of_a_later_call():
         short.rows()
 
 
-def test_in_a_cuda_graph():
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_in_a_cuda_graph(dtype):
     """Mask and attention of documents that change between replays."""
     ids = torch.arange(2048, device=GPU) // 300
-    q, k, v = (torch.randn(1, 2, 2048, 64, device=GPU) for _ in range(3))
+    q, k, v = (torch.randn(1, 2, 2048, 64, device=GPU, dtype=dtype) for _ in range(3))
 
     def step():
         return flex_attention(q, k, v, block_mask=with_room(ids))

@@ -23,7 +23,7 @@ from transformers import masking_utils
 
 import flexattn.attention as attention_room
 import flexattn.block_mask.mask as block_mask_room
-from flexattn import BlockMask
+from flexattn import BlockMask, create_mask
 from flexattn.errors import ArgumentError, ShapeError
 from flexattn.integrations import transformers as integration
 from tests.integrations.tiny_models import (
@@ -276,6 +276,50 @@ def test_masks_and_softcap_are_traced_once_for_all_layers_and_steps(
         net(tokens[:, :1], attention_mask=torch.cat([real, real[:, :2] | 1], 1), **{CACHE: cache})
     masks_a_kind = 3  # does it attend to all; its graph; once for all layers
     assert len(calls) <= 2 * masks_a_kind
+
+
+def prefix(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+    return kv_idx < 11
+
+
+def kinds_of_masks() -> dict[str, Any]:
+    groups = torch.randint(-1, 3, (2, 100))
+    left, positions = torch.tensor([0, 7]), torch.randint(0, 4, (2, 100)).cumsum(1)
+    theirs = masking_utils
+    return {
+        "causal": theirs.causal_mask_function,
+        "sliding": theirs.sliding_window_causal_mask_function(20),
+        "sliding both ways": theirs.sliding_window_bidirectional_mask_function(20),
+        "chunked": theirs.chunked_causal_mask_function(16, left),
+        "bidirectional": theirs.bidirectional_mask_function,
+        "prefix": theirs.or_masks(theirs.causal_mask_function, prefix),
+        "blockwise": theirs.or_masks(theirs.causal_mask_function,
+                                     theirs.blockwise_overlay(groups)),
+        "packed": theirs.and_masks(theirs.causal_mask_function,
+                                   theirs.packed_sequence_mask_function(positions)),
+    }
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("sizes", [(100, 100, 0, 0), (30, 100, 70, 0), (1, 100, 99, 0),
+                                   (1, 40, 99, 60), (1, 100, torch.tensor(70), 0)], ids=str)
+@pytest.mark.parametrize("kind", list(kinds_of_masks()))
+def test_masks_are_those_that_sdpa_is_given(kind: str, sizes: tuple[Any, ...], padding: bool
+                                            ) -> None:
+    """Every kind of mask, for a prompt, its second part, a token, a full window, a static cache."""
+    mask_function = kinds_of_masks()[kind]
+    real = (torch.rand(2, 100) < 0.8) if padding else None
+    made = integration.attention_mask(2, *sizes, mask_function, real)
+    wanted = masking_utils.sdpa_mask(2, *sizes, mask_function, real, allow_is_causal_skip=False)
+    assert wanted is not None
+    dense = torch.ones(2, 1, *sizes[:2], dtype=torch.bool) if made is None else create_mask(
+        made.element_mod(), 2, 1, *sizes[:2], device="cpu")
+    assert torch.equal(dense, wanted.expand_as(dense))
+    if made is not None:
+        query, key = torch.randn(2, 1, sizes[0], 16), torch.randn(2, 1, sizes[1], 16)
+        got, _ = integration.attention(torch.nn.Identity(), query, key, key, made)
+        eager = torch.nn.functional.scaled_dot_product_attention(query, key, key, wanted)
+        assert_close(got.transpose(1, 2), eager.nan_to_num(), "out")
 
 
 def test_dropout_is_refused() -> None:

@@ -161,7 +161,7 @@ def _mod_key(mod: Mod | None) -> tuple | None:
 
 def _mask_key(call: Call) -> tuple | None:
     mask = call.block_mask
-    return None if mask is None else (mask.shape[:2], mask.BLOCK_SIZE)
+    return None if mask is None else (mask.shape[:2], mask.BLOCK_SIZE, mask.table.runs is None)
 
 
 def _nothing_attended(call: Call) -> Result:

@@ -72,6 +72,8 @@ def _refused(call: Call) -> str | None:
         return f"{str(q.dtype).removeprefix('torch.')} is not a 16-bit type"
     if q.shape[-1] <= 32 or v.shape[-1] <= 32 or q.shape[-1] % 8 or v.shape[-1] % 8:
         return "heads must have more than 32 columns, a multiple of 8"
+    if call.block_mask is not None and call.block_mask.table.runs is not None:
+        return "making its tables would wait for the device, which max_runs forbids"
     if not forward_configs(q.shape[-1], v.shape[-1], True):
         return f"no tile for heads of {q.shape[-1]} and {v.shape[-1]} columns"
     return None
