@@ -35,9 +35,11 @@ def rng(seed: int) -> np.random.Generator:
 
 @pytest.fixture(scope="session", autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled kernels of the tests stay out of the user's cache."""
+    """Compiled kernels of the tests stay out of the user's cache. FLEXATTN_TEST_CACHE: a folder
+    that runs share, for those after the first."""
+    given = os.environ.get("FLEXATTN_TEST_CACHE")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLEXATTN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FLEXATTN_CACHE_DIR", given or str(tmp_path_factory.mktemp("cache")))
         compile.cache_directory.cache_clear()
         yield
     compile.cache_directory.cache_clear()

@@ -84,6 +84,12 @@ def tensor_values(tensor: Tensor, rows: int, columns: int, boxed: bool) -> list[
     return [tensor, *tensor.stride()[:3]]
 
 
+def tensors_of(values: Sequence[Any]) -> list[Tensor]:
+    """Those among a launch's values, boxed ones too."""
+    return [v.tensor if isinstance(v, Box) else v for v in values
+            if isinstance(v, Tensor | Box)]
+
+
 class Launch:
     """One kernel's launch. values: those of its parameters, in order, with tensors where it takes
     pointers and boxes where it takes descriptors; a call gives tensors in the same order."""
@@ -103,8 +109,7 @@ class Launch:
 
     def fresh(self, values: Sequence[Any], stream: int) -> None:
         """A launch with the tensors among these values."""
-        found = (values[slot] for slot in self._slots)
-        self([v.tensor if isinstance(v, Box) else v for v in found], stream)
+        self(tensors_of(values), stream)
 
     def __call__(self, tensors: Sequence[Tensor], stream: int) -> None:
         values = self._values.copy()

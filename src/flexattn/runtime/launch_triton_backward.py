@@ -34,6 +34,7 @@ from flexattn.runtime.gpu_launch import (
     function,
     stream_of,
     tensor_values,
+    tensors_of,
 )
 from flexattn.runtime.gpu_mods import ModCode, argument_values, mod_code
 from flexattn.runtime.gpu_tables import tables
@@ -123,10 +124,12 @@ class _Backward:
         self._keys = self._kernel(_KERNELS[0], kv_config, call,
                                   (-(-k.shape[2] // kv_config.tile_kv), k.shape[0] * k.shape[1],
                                    self.parts),
-                                  self._key_values(call, d_out, memory))
+                                  self._key_values(call, d_out, memory),
+                                  self._key_tensors(call, d_out, memory))
         self._queries = self._kernel(_KERNELS[1], q_config, call,
                                      (-(-q_len // q_config.tile_q), self.lines, 1),
-                                     self._query_values(call, d_out, memory))
+                                     self._query_values(call, d_out, memory),
+                                     self._query_tensors(call, d_out, memory))
         self._scatters = {i: self._scatter_launch(call, memory, i)
                           for i in range(len(self.reads.loads)) if i not in self.reads.scattered}
 
@@ -141,11 +144,12 @@ class _Backward:
     def run(self, call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
         given, call = call, with_rows(call)
         memory, stream = self._buffers(call), stream_of(call.query)
-        self._prepare.fresh(prepare_values(call, result, d_out, d_lse, memory.statistics), stream)
-        self._keys.fresh(self._key_values(call, d_out, memory), stream)
+        rows = (result.out, d_out, result.lse, *(() if d_lse is None else (d_lse,)))
+        self._prepare((*rows, memory.statistics), stream)
+        self._keys(self._key_tensors(call, d_out, memory), stream)
         if self.exact_sums:
             memory.units = self._units(memory.peaks.view(torch.float32))
-        self._queries.fresh(self._query_values(call, d_out, memory), stream)
+        self._queries(self._query_tensors(call, d_out, memory), stream)
         for i, launch in self._scatters.items():
             self._scatter(call, memory, i, launch, stream)
         return self._gradients(given, memory)
@@ -213,10 +217,34 @@ class _Backward:
                 *((found.batch, found.heads) if found else (1, 1)), call.scale,
                 *argument_values(self.code, call.score, call.mask)]
 
+    # The tensors among them, all that differs between calls that share the kernels
+
+    def _key_tensors(self, call: Call, d_out: Tensor, memory: _Buffers) -> list[Tensor]:
+        return [call.query, call.key, call.value, d_out, memory.statistics, memory.dk, memory.dv,
+                *(memory.sums[i] for i in self.reads.columns),
+                *(memory.peaks,) * self.exact_sums,
+                *self._other_tensors(call, self.kv_config, True)]
+
+    def _query_tensors(self, call: Call, d_out: Tensor, memory: _Buffers) -> list[Tensor]:
+        return [call.query, call.key, call.value, d_out, memory.statistics, memory.dq,
+                *(memory.sums[i] for i in self.reads.rows),
+                *(memory.sums[i] for i in self.reads.diagonals),
+                *(memory.totals[i] for i in self.reads.scattered), memory.units,
+                *self._other_tensors(call, self.q_config, False)]
+
+    def _other_tensors(self, call: Call, config: TritonConfig,
+                       by_columns: bool) -> list[Tensor]:
+        found = call.block_mask and tables(call.block_mask, config.tile_q, config.tile_kv,
+                                           by_columns)
+        captures = (mod.captures for mod in (call.score, call.mask) if mod)
+        return [*(found.tensors if found else ()), self.code.flag,
+                *(tensor for tensors in captures for tensor in tensors)]
+
     # Launches
 
     def _kernel(self, name: str, config: TritonConfig, call: Call, grid: tuple[int, int, int],
-                values: list[Any]) -> Launch:
+                values: list[Any], tensors: list[Tensor]) -> Launch:
+        assert all(a is b for a, b in zip(tensors_of(values), tensors, strict=True))
         plan = self.shape.plan(name, config, call)
         return Launch(function(plan.key, call.query.device, plan.source), plan.source, grid,
                       values)
