@@ -16,6 +16,12 @@ from flexattn.lower.scales import Scales, take_out
 from flexattn.trace import specialize, trace_score_mod, tracer
 
 
+@pytest.fixture(autouse=True)
+def no_number_has_varied(monkeypatch):
+    """Those of other tests' mods may have, and would be arguments."""
+    monkeypatch.setattr(tracer, "_skeletons", {})
+
+
 def traced(mod):
     return specialize(trace_score_mod(mod))
 
@@ -87,8 +93,7 @@ def random_mod(rng):
 
 
 @pytest.mark.parametrize("number", range(60))
-def test_equal_to_rounding(number, seed, monkeypatch):
-    monkeypatch.setattr(tracer, "_skeletons", {})  # no number has varied yet
+def test_equal_to_rounding(number, seed):
     rng = random.Random(seed + number)
     before = traced(random_mod(rng)).graph
     after, scales = taken(before)
