@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from flexattn.lower.triton_ops import literal
 from flexattn.runtime.call import Call
 from flexattn.runtime.gpu_mods import mod_code
 from flexattn.trace import specialize, trace_mask_mod, trace_score_mod
@@ -96,3 +98,12 @@ def test_long_tensors_get_64_bit_offsets():
                                        score + long[h % 3, q_idx, kv_idx]))
     code = mod_code(Call(q, q, q, 1.0, score), "cuda")
     assert "i64" in code.types and "(q_idx).to(tl.int64)" in code.text
+
+
+@pytest.mark.parametrize("value", [9.223372036846387e+18, 0.1, 1e300, 5e-324, -1 / 3])
+def test_constants_of_float64_keep_their_digits(value):
+    """Triton would take them for float32."""
+    text = literal(value, torch.float64)
+    bits = int(text.removeprefix("tl.cast(").split(",")[0])
+    assert np.int64(bits).view(np.float64) == value
+    assert literal(0.5, torch.float64) == "0.5" and literal(0.1) == "0.1"

@@ -7,6 +7,7 @@ in int32 where ranges prove it (`Facts.narrow`).
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -50,12 +51,23 @@ class Context:
 Entry = Callable[..., str]
 
 
-def literal(value: bool | int | float) -> str:
-    """A constant as source text."""
+def literal(value: bool | int | float, dtype: torch.dtype = torch.float32) -> str:
+    """A constant as source text. Triton reads a float as float32, so one of float64 that is none
+    is given by its bits."""
     if isinstance(value, float) and not math.isfinite(value):
         return 'float("nan")' if value != value else ('float("inf")' if value > 0
                                                       else '-float("inf")')
+    if dtype is torch.float64 and isinstance(value, float) and not _is_single(value):
+        bits, = struct.unpack("<q", struct.pack("<d", value))
+        return f"tl.cast({bits}, tl.float64, bitcast=True)"
     return repr(value)
+
+
+def _is_single(value: float) -> bool:
+    try:
+        return bool(struct.unpack("<f", struct.pack("<f", value))[0] == value)
+    except OverflowError:
+        return False
 
 
 def plain(text: str) -> str:
@@ -123,7 +135,7 @@ def _divide(c: Context, n: Node, x: str, y: str) -> str:
     """Fast: a product with the reciprocal of a constant."""
     divisor = n.args[1]
     if c.fast and n.dtype is not torch.float64 and divisor.is_const and divisor.attr:
-        return f"{x} * {literal(1.0 / divisor.attr)}"
+        return f"{x} * {literal(1.0 / divisor.attr, n.dtype)}"
     return f"{x} / {y}"
 
 

@@ -152,7 +152,7 @@ class Writer:
         if n.op is Op.NUMBER:
             return f"args.{self.role.prefix}_number{n.attr}"
         if n.op is Op.CONST:
-            return literal(n.attr)
+            return literal(n.attr, n.dtype)
         text = TABLE[n.op](self.role.context, n, *self._operands(n))
         text = self._stored(n, text)
         if self.role.uses.get(n, 0) > 1 or len(text) > _INLINE:
