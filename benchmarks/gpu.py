@@ -1,7 +1,7 @@
 """The GPU suite: `python -m benchmarks.run --suite gpu`, ours and every peer in the same rounds.
 
 In: the options of benchmarks.run; --sections and --cases choose, so that a part fits a short
-lease. Out: rows, a generator for each section; a rate is that of attended work. Peers that cannot
+run. Out: rows, a generator for each section; a rate is that of attended work. Peers that cannot
 run a case are named on stderr and left out.
 """
 
