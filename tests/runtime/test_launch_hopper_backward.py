@@ -11,7 +11,7 @@ import torch
 import flexattn
 from flexattn.compile_triton import Target, compiled
 from flexattn.kernels.hopper_backward_config import backward_configs
-from flexattn.runtime import gpu_driver, launch_gpu
+from flexattn.runtime import gpu_driver, launch_gpu, launch_hopper
 from flexattn.runtime import launch_hopper_backward as launcher
 from flexattn.runtime.call import Call, Result
 from flexattn.runtime.gpu_launch import Box, Refusal
@@ -36,7 +36,7 @@ class OnHopper:
 
 @pytest.fixture
 def hopper(monkeypatch):
-    monkeypatch.setattr(launcher, "target", lambda device: Target("cuda", 90, 32))
+    monkeypatch.setattr(launch_hopper, "target", lambda device: Target("cuda", 90, 32))
 
 
 def refusal(call, d_out):

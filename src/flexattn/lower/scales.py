@@ -1,21 +1,21 @@
 """Constant factors of a score mod, taken out of its graph for kernels that multiply by them anyway.
 
-In: the outputs of a score mod's graph and of its gradient. Out: equal outputs but for rounding, in
-which constant factors of a product are one number, and the `Scales` that a kernel applies: it
-multiplies q.k by `score` (together with attention's own scale), and the result by `result`
-(together with log2(e)). `20 * tanh(score / 20)` is left as `tanh(score)` with the scales 1/20 and
-20. For 16-bit inputs, whose rounding is coarser than what this changes.
+In: the graph of a score mod, its gradient's outputs included. Out: one that is equal but for
+rounding, in which constant factors of a product are one number, and the `Scales` that a kernel
+applies: it multiplies q.k by `score` (together with attention's own scale), and the result by
+`result` (together with log2(e)). `20 * tanh(score / 20)` is left as `tanh(score)` with the scales
+1/20 and 20. For 16-bit inputs, whose rounding is coarser than what this changes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from flexattn.ir.graph import Node, const, node
+from flexattn.ir.graph import Graph, Node, const, node
 from flexattn.ir.ops import Op
 
 _Factored = tuple[float, Node]  # factor * node
@@ -29,21 +29,20 @@ class Scales:
     result: float = 1.0
 
 
-def take_out(nodes: Iterable[Node], outputs: Sequence[tuple[str, Node]]
-             ) -> tuple[dict[Node, Node], tuple[tuple[str, Node], ...], Scales]:
-    """Every node (arguments before users) -> its equal, the new outputs, and the scales."""
-    equal = _merged(nodes)
-    found = [(name, equal[n]) for name, n in outputs]
-    score = _scale_of_score([n for _, n in found])
+def take_out(graph: Graph) -> tuple[dict[Node, Node], Graph, Scales]:
+    """Every node -> its equal, the graph of the equal outputs, and the scales."""
+    equal = _merged(graph.nodes)
+    merged = graph.replace_outputs(*((name, equal[n]) for name, n in graph.outputs))
+    score = _scale_of_score(merged)
     if score != 1.0:
-        bare = _without_scale(_ordered(n for _, n in found))
+        bare = _without_scale(merged.nodes)
         equal = {n: bare.get(m, m) for n, m in equal.items()}
-        found = [(name, bare[n]) for name, n in found]
-    result = 1.0
+        merged = merged.replace_outputs(*((name, bare[n]) for name, n in merged.outputs))
+    found, result = list(merged.outputs), 1.0
     for i, (name, n) in enumerate(found):
         if name == "score" and _is_scaled(n) and n.args[1].attr > 0:
             found[i], result = (name, n.args[0]), n.args[1].attr
-    return equal, tuple(found), Scales(score, result)
+    return equal, merged.replace_outputs(*found), Scales(score, result)
 
 
 def _merged(nodes: Iterable[Node]) -> dict[Node, Node]:
@@ -90,25 +89,11 @@ def _is_score(n: Node) -> bool:
     return n.op is Op.INPUT and n.attr == "score"
 
 
-def _ordered(roots: Iterable[Node]) -> list[Node]:
-    """All that the roots are made from, arguments before users."""
-    order: dict[Node, None] = {}
-
-    def visit(n: Node) -> None:
-        if n not in order:
-            for a in n.args:
-                visit(a)
-            order[n] = None
-    for root in roots:
-        visit(root)
-    return list(order)
-
-
-def _scale_of_score(roots: Sequence[Node]) -> float:
+def _scale_of_score(graph: Graph) -> float:
     """c where the score is read as score * c and in no other way, otherwise 1."""
-    if any(map(_is_score, roots)):
+    if any(_is_score(n) for _, n in graph.outputs):
         return 1.0
-    users = [n for n in _ordered(roots) if any(map(_is_score, n.args))]
+    users = [n for n in graph.nodes if any(map(_is_score, n.args))]
     scales = {n.args[1].attr for n in users if _is_scaled(n)}
     return scales.pop() if len(scales) == 1 and all(map(_is_scaled, users)) else 1.0
 

@@ -48,14 +48,12 @@ class Role:
         whole = Graph(outputs, graphs[0][0].captures, graphs[0][0].numbers)
         ranges = leaf_ranges(whole, index_bound, first.numbers)
         new = Separation(ranges, levels(whole.nodes))(whole.nodes)
-        outputs = tuple((name, new[n]) for name, n in outputs)
-        self.scales = Scales()
+        self.graph, self.scales = whole.replace_outputs(
+            *((name, new[n]) for name, n in outputs)), Scales()
         if context.fast and prefix == "score":
-            apart = whole.replace_outputs(*outputs)
-            equal, outputs, self.scales = take_out(apart.nodes, outputs)
+            equal, self.graph, self.scales = take_out(self.graph)
             new = {n: equal.get(m, m) for n, m in new.items()}
         self.prefix = prefix
-        self.graph = whole.replace_outputs(*outputs)
         self.level = levels(self.graph.nodes)
         self.context = Context(context.target, context.fast,
                                leaf_ranges(self.graph, index_bound, first.numbers))

@@ -64,12 +64,20 @@ def prepare(call: Call) -> Prepared | Refusal:
     return _Forward(call, *chosen)
 
 
+def out_of_place(query: Tensor) -> str | None:
+    """Why no Hopper kernel, forward or backward, takes such a tensor."""
+    if INTERPRETED or not query.is_cuda or target(query.device.index).arch != 90:
+        return "not a Hopper GPU (sm_90)"
+    if query.element_size() != 2:
+        return f"{str(query.dtype).removeprefix('torch.')} is not a 16-bit type"
+    return None
+
+
 def _refused(call: Call) -> str | None:
     q, v = call.query, call.value
-    if INTERPRETED or not q.is_cuda or target(q.device.index).arch != 90:
-        return "not a Hopper GPU (sm_90)"
-    if q.element_size() != 2:
-        return f"{str(q.dtype).removeprefix('torch.')} is not a 16-bit type"
+    reason = out_of_place(q)
+    if reason is not None:
+        return reason
     if q.shape[-1] <= 32 or v.shape[-1] <= 32 or q.shape[-1] % 8 or v.shape[-1] % 8:
         return "heads must have more than 32 columns, a multiple of 8"
     if call.block_mask is not None and call.block_mask.table.runs is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from flexattn.compile_triton import Source, load
 from flexattn.kernels.hopper_backward_config import HopperBackwardConfig, backward_configs
 from flexattn.runtime.call import Call, Gradients, Result
-from flexattn.runtime.gpu_driver import Function, target
+from flexattn.runtime.gpu_driver import Function
 from flexattn.runtime.gpu_launch import (
     TYPES,
     Box,
@@ -28,9 +28,9 @@ from flexattn.runtime.gpu_launch import (
     function,
     stream_of,
 )
-from flexattn.runtime.gpu_mods import INTERPRETED, ModCode, argument_values, mod_code, on_device
+from flexattn.runtime.gpu_mods import ModCode, argument_values, mod_code, on_device
 from flexattn.runtime.gpu_tables import tables
-from flexattn.runtime.launch_hopper import descriptor_type
+from flexattn.runtime.launch_hopper import descriptor_type, out_of_place
 from flexattn.runtime.launch_triton import TABLE, TENSOR, alignment
 from flexattn.runtime.launch_triton_backward import PREPARE_ROWS, prepare_source, prepare_values
 from flexattn.runtime.tensor_map import takes
@@ -72,10 +72,9 @@ def prepare(call: Call, result: Result, d_out: Tensor,
 def refused(call: Call) -> str | None:
     """Why this kernel never serves such a call."""
     q, v = call.query, call.value
-    if INTERPRETED or not q.is_cuda or target(q.device.index).arch != 90:
-        return "not a Hopper GPU (sm_90)"
-    if q.element_size() != 2:
-        return f"{str(q.dtype).removeprefix('torch.')} is not a 16-bit type"
+    reason = out_of_place(q)
+    if reason is not None:
+        return reason
     if not backward_configs(q.shape[-1], v.shape[-1]):
         return f"no tile for heads of {q.shape[-1]} and {v.shape[-1]} columns"
     if deterministic(call):
