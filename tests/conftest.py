@@ -46,6 +46,12 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
+def no_number_has_varied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of other tests' mods may have: they would be arguments here, not constants."""
+    monkeypatch.setattr("flexattn.trace.tracer._skeletons", {})
+
+
+@pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
     """torch.set_num_threads for one test."""
     before = torch.get_num_threads()

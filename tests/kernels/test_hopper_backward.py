@@ -22,6 +22,7 @@ from tests.kernels.test_hopper_forward import (
     softcap,
 )
 
+pytestmark = pytest.mark.usefixtures("no_number_has_varied")
 CASES = {  # score mod, mask mod, head_dim, dtype, number of the config
     "plain 64": (None, None, 64, torch.bfloat16, 0),
     "plain 128": (None, None, 128, torch.float16, 0),

@@ -13,13 +13,9 @@ from flexattn.ir.evaluate import evaluate
 from flexattn.ir.graph import Graph
 from flexattn.ir.ops import Op
 from flexattn.lower.scales import Scales, take_out
-from flexattn.trace import specialize, trace_score_mod, tracer
+from flexattn.trace import specialize, trace_score_mod
 
-
-@pytest.fixture(autouse=True)
-def no_number_has_varied(monkeypatch):
-    """Those of other tests' mods may have, and would be arguments."""
-    monkeypatch.setattr(tracer, "_skeletons", {})
+pytestmark = pytest.mark.usefixtures("no_number_has_varied")
 
 
 def traced(mod):
