@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import gpu_cases, gpu_host, gpu_memory, providers
+from benchmarks import gpu_accuracy, gpu_cases, gpu_host, gpu_memory, providers
 from benchmarks.cases import Attention, Case
 from benchmarks.gpu_cases import CASES, GpuCase, HeadShape
 from benchmarks.gpu_measure import interleaved
@@ -29,6 +29,27 @@ TOKENS, COLUMNS = 16384, 2048  # batch x length, heads x head_dim of the tables 
 MODS = ("noop", "causal", "alibi_causal", "softcap", "table", "sliding", "documents")
 DECODE = ((1, 32, 8, 131072, 128), (16, 32, 8, 8192, 128), (64, 32, 8, 4096, 128),
           (8, 16, 16, 16384, 64))  # batch, heads, kv_heads, kv_len, head_dim
+
+_HALF = torch.bfloat16
+CORNERS = {
+    "D256": HeadShape(4, 8, 8, 4096, 4096, 256, _HALF),
+    "D96": HeadShape(4, 16, 16, 4096, 4096, 96, _HALF),
+    "D192/128": HeadShape(2, 16, 16, 4096, 4096, 192, _HALF, value_dim=128),
+    "D576/512": HeadShape(1, 16, 1, 4096, 4096, 576, _HALF, value_dim=512),
+    "float16": HeadShape(4, 16, 16, 4096, 4096, 128, torch.float16),
+    "float32": HeadShape(2, 16, 16, 4096, 4096, 64, torch.float32),
+    "S512": HeadShape(32, 16, 16, 512, 512, 128, _HALF),
+    "S1000": HeadShape(16, 16, 16, 1000, 1000, 128, _HALF),
+    "B1H8": HeadShape(1, 8, 8, 4096, 4096, 128, _HALF),
+}
+SHAPES = [
+    HeadShape(2, 16, 16, 8192, 8192, 96, _HALF),
+    HeadShape(2, 32, 32, 8192, 8192, 128, _HALF), HeadShape(2, 32, 8, 8192, 8192, 128, _HALF),
+    HeadShape(2, 32, 32, 8192, 8192, 64, _HALF), HeadShape(2, 32, 8, 8192, 8192, 64, _HALF),
+    *(HeadShape(4, 16, 16, length, length, 128, _HALF) for length in (4000, 4033, 4096)),
+    HeadShape(2, 8, 8, 8192, 8192, 256, _HALF),
+    HeadShape(2, 16, 16, 8192, 8192, 192, _HALF, value_dim=128),
+]
 
 Makers = dict[str, Callable[[], Callable[[], object]]]
 
@@ -89,20 +110,21 @@ def decode(options: argparse.Namespace) -> Iterator[Row]:
 
 def corners(options: argparse.Namespace) -> Iterator[Row]:
     """Head dims, dtypes and lengths off the beaten track, all causal."""
-    half, peers = torch.bfloat16, ("ours", "torch_flex", "cudnn", "flash2")
-    shapes = [HeadShape(4, 8, 8, 4096, 4096, 256, half), HeadShape(4, 16, 16, 4096, 4096, 96, half),
-              HeadShape(2, 16, 16, 4096, 4096, 192, half, value_dim=128),
-              HeadShape(1, 16, 1, 4096, 4096, 576, half, value_dim=512),
-              HeadShape(4, 16, 16, 4096, 4096, 128, torch.float16),
-              HeadShape(2, 16, 16, 4096, 4096, 64, torch.float32),
-              HeadShape(32, 16, 16, 512, 512, 128, half),
-              HeadShape(16, 16, 16, 1000, 1000, 128, half),
-              HeadShape(1, 8, 8, 4096, 4096, 128, half)]
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    for shape in shapes:
-        yield from both_ways(gpu_cases.causal(shape), options, peers)
+    for name in options.corners or CORNERS:
+        yield from both_ways(gpu_cases.causal(CORNERS[name]), options,
+                             ("ours", "torch_flex", "cudnn", "flash2"))
     torch.set_float32_matmul_precision(before)
+
+
+def shapes(options: argparse.Namespace) -> Iterator[Row]:
+    """Heads of 96 columns; grouped heads beside full ones; lengths beside the next multiple of a
+    tile; heads of 256 columns and of 192 with values of 128. Forward."""
+    peers = ("ours", "torch_flex", "cudnn", "flash2")
+    for make in (gpu_cases.noop, gpu_cases.causal):
+        for shape in SHAPES:
+            yield from _compare(make(shape), options, peers, backward=False)
 
 
 def heavy(options: argparse.Namespace) -> Iterator[Row]:
@@ -144,6 +166,8 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "plain": plain,
     "decode": decode,
     "corners": corners,
+    "shapes": shapes,
+    "accuracy": gpu_accuracy.accuracy,
     "heavy": heavy,
     "learned_bias": learned_bias,
     "host": gpu_host.overhead,

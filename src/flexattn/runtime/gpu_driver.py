@@ -11,7 +11,7 @@ import ctypes
 import re
 import struct
 from collections.abc import Sequence
-from ctypes import byref, c_char_p, c_int, c_uint, c_void_p
+from ctypes import byref, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -40,6 +40,10 @@ class _Driver:
                                          c_void_p)
         self.launch = self._entry(library, "hipModuleLaunchKernel" if hip else "cuLaunchKernel",
                                   c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p)
+        self.allocate = self._entry(library, "hipMalloc" if hip else "cuMemAlloc_v2", c_void_p,
+                                    c_size_t)
+        self.set_bytes = self._entry(library, "hipMemset" if hip else "cuMemsetD8_v2", c_void_p,
+                                     c_int, c_size_t)
         self._text = (library.hipDrvGetErrorString if hip else library.cuGetErrorString)
 
     def _entry(self, library: Any, name: str, *types: Any) -> Any:
@@ -78,6 +82,17 @@ def shared_limit(device: int) -> int:
 @cache
 def multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def lasting_zeros(size: int) -> int:
+    """Address of bytes of the current device, zero, that are never freed. They are in no pool of
+    torch's: one of a CUDA graph's, which may be in force, has to get back all that it gave."""
+    address, known = c_void_p(), driver()
+    known.check(known.allocate(byref(address), size), "allocating memory of the GPU")
+    known.check(known.set_bytes(address, 0, size), "zeroing memory of the GPU")
+    torch.cuda.synchronize()
+    assert address.value is not None
+    return address.value
 
 
 def _offsets(layout: str) -> list[int]:

@@ -18,7 +18,13 @@ from flexattn.ir.ops import COMPARISON
 from flexattn.kernels.hopper_config import ForwardConfig, forward_configs
 from flexattn.lower.separate import TILE, levels
 from flexattn.runtime.call import Call, Result
-from flexattn.runtime.gpu_driver import Function, multiprocessors, shared_limit, target
+from flexattn.runtime.gpu_driver import (
+    Function,
+    lasting_zeros,
+    multiprocessors,
+    shared_limit,
+    target,
+)
 from flexattn.runtime.gpu_launch import TYPES, Prepared, Refusal, function, stream_of
 from flexattn.runtime.gpu_mods import (
     INTERPRETED,
@@ -162,17 +168,19 @@ def descriptor_type(kind: str, rows: int, columns: int) -> str:
 
 
 _GLUON_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-_counters: dict[tuple[int, int], Tensor] = {}
+_COUNTER_BYTES = 8
+_counters: dict[tuple[int, int], int] = {}
 
 
-def _counter(tensor: Tensor, stream: int) -> Tensor:
-    """Two zeros, which a launch leaves as it found them; launches of a stream share them."""
+def _counter(tensor: Tensor, stream: int) -> Tensor | int:
+    """Two zeros, or their address, which a launch leaves as it found them; launches of a stream
+    share them."""
     if torch.cuda.is_current_stream_capturing():  # its replays may overlap with other streams
         return tensor.new_zeros(2, dtype=torch.int32)
     key = tensor.get_device(), stream
     found = _counters.get(key)
     if found is None:
-        found = _counters[key] = tensor.new_zeros(2, dtype=torch.int32)
+        found = _counters[key] = lasting_zeros(_COUNTER_BYTES)
     return found
 
 
@@ -211,8 +219,8 @@ class _Forward:
         if table is not None:
             values += [*(t.data_ptr() for t in table.tensors), table.batches, table.heads]
         values += [x.data_ptr() if isinstance(x, Tensor) else x
-                   for x in argument_values(self.plan.code, call.score, call.mask)]
-        values += [counter.data_ptr(), call.scale]
+                   for x in (*argument_values(self.plan.code, call.score, call.mask), counter)]
+        values.append(call.scale)
         values += [0] * (self.function.parameters - len(values))  # what Triton adds
         self.function.launch(self._grid, values, stream)
         return Result(out, lse, max_scores)
