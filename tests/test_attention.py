@@ -1,6 +1,8 @@
 """flex_attention against the dense oracle in float64, forward and gradients; and its errors."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -135,3 +137,19 @@ def test_errors_say_what_to_do():
     with pytest.raises(ControlFlowError, match="torch.where"):
         flex_attention(q, q, q, lambda s, b, h, q, k: s if q >= k else -1e9)
     assert set(flexattn.__all__) <= set(dir(flexattn))
+
+
+def test_no_tensor_outlives_its_calls():
+    def call():
+        q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (30, 40, 40))
+        bias = torch.randn(2, 70, requires_grad=True)
+        kept = torch.rand(40) > 0.5
+        block = create_block_mask(lambda b, h, q_idx, kv_idx: kept[kv_idx], None, None, 30, 40)
+        out = flex_attention(q, k, v, lambda score, b, h, q_idx, kv_idx:
+                             score + bias[h, q_idx - kv_idx + 39], block)
+        out.sum().backward()
+        return [weakref.ref(t) for t in (q, k, v, bias, kept, out, block)]
+
+    tensors = call()
+    gc.collect()
+    assert [t() for t in tensors] == [None] * len(tensors)

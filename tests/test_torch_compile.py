@@ -427,6 +427,16 @@ def test_a_changed_closure_is_followed():
         assert torch.equal(compiled(q), attend(q))
 
 
+def test_defaults_of_a_mod_change():
+    """Dynamo of torch 2.11 takes a function's defaults for constants of its code."""
+    compiled = torch.compile(flex_attention, backend="aot_eager", fullgraph=True)
+    q = torch.randn(1, 1, 70, 16)
+    for window in (3, 9, 17):
+        mask = create_block_mask(lambda b, h, i, j, n=window: (i - j).abs() < n, None, None, 70, 70)
+        assert torch.equal(compiled(q, q, q, block_mask=mask),
+                           flex_attention(q, q, q, block_mask=mask))
+
+
 def test_captured_tensors_may_change_in_place():
     values = torch.randn(4)
 

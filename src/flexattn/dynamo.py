@@ -158,8 +158,10 @@ def _speculate(variable: Any, tx: Any, like: Any, mod: Any, dtype: torch.dtype |
     with discard_graph_changes(tx):
         scalars = [] if dtype is None else [scalar(dtype)]
         scalars += [scalar(torch.int64) for _ in range(4)]
-    # A whole number on a module is one captured value among others, not what makes its graph.
-    with _IndexByScalars(), torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+    # A whole number on a module is one captured value among others, not what makes its graph; and
+    # a mod's defaults (lambda b, h, q_idx, kv_idx, n=limit: ...) differ from mask to mask.
+    with _IndexByScalars(), torch._dynamo.config.patch(
+            allow_unspec_int_on_nn_module=True, skip_guards_on_constant_func_defaults=False):
         _, graph, lifted = speculate_subgraph(
             tx, mod, scalars, {}, description=f"flexattn: {role}", source_target=variable.value,
             set_subgraph_inputs="flatten_manual")

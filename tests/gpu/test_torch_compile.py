@@ -60,6 +60,10 @@ def compare(net: Layer, compiled: Callable, x: torch.Tensor, *more: Any) -> None
         assert_close(one, other)
 
 
+def cut_at(limit: int) -> Callable:
+    return lambda b, h, q, k: (q >= k) & (k < limit)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_steps_with_a_changing_number_and_other_tensors(mode: str, masked: bool, rng: Any) -> None:
@@ -69,12 +73,23 @@ def test_steps_with_a_changing_number_and_other_tensors(mode: str, masked: bool,
     kernels = []
     for step in range(7):
         net.temperature = 0.5 + 0.25 * step
-        limit = 60 * step + 50
-        more = [create_block_mask(lambda b, h, q, k, n=limit: (q >= k) & (k < n), None, None, 512,
-                                  512, device="cuda")] if masked else []
+        more = [create_block_mask(cut_at(60 * step + 50), None, None, 512, 512, device="cuda")
+                ] if masked else []
         compare(net, compiled, torch.randn(2, 512, 64, device="cuda", dtype=torch.bfloat16), *more)
         kernels.append(len(compile_triton._binaries))
     assert kernels[-1] == kernels[-3]
+
+
+def test_defaults_of_a_mod_change() -> None:
+    """Dynamo of torch 2.11 takes a function's defaults for constants of its code."""
+    net = layer()
+    compiled = torch.compile(net, fullgraph=True)
+    for limit in (50, 110, 170):
+        mask = create_block_mask(lambda b, h, q, k, n=limit: (q >= k) & (k < n), None, None, 512,
+                                 512, device="cuda")
+        with torch.no_grad():
+            x = torch.randn(2, 512, 64, device="cuda", dtype=torch.bfloat16)
+            assert_close(compiled(x, mask), net(x, mask))
 
 
 def test_lengths_change_under_cuda_graphs(rng: Any) -> None:

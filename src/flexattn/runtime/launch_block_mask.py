@@ -10,7 +10,6 @@ analysis.interval_form), and more blocks than are worth looking at one by one.
 
 from __future__ import annotations
 
-import os
 from collections import namedtuple
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,9 +24,7 @@ from flexattn.analysis.undecided import Grid
 from flexattn.compile_triton import Source, load
 from flexattn.ir.graph import Graph
 from flexattn.ir.mod import Mod
-from flexattn.ir.ops import FLOATS, Op
 from flexattn.kernels.triton_config import BlockFacts
-from flexattn.lower.separate import TILE, levels
 from flexattn.lower.triton import Facts, argument_fields, argument_types, lower
 from flexattn.lower.triton_facts import ModFacts, bound_of, mod_facts
 from flexattn.runtime import gpu_mods, launch_block_runs
@@ -39,7 +36,6 @@ from flexattn.runtime.launch_block_runs import Layout, compiled, table_of, turne
 __all__ = ["check", "runs", "turned"]
 _MOST_BLOCKS = 1 << 31
 _MOST_PLANS = 4096
-_UNPROVEN = os.environ.get("FLEXATTN_UNPROVEN") == "1"
 
 
 @dataclass(frozen=True)
@@ -92,8 +88,6 @@ def runs(mod: Mod, grid: Grid, device: torch.device, max_runs: int | None = None
         return f"no blocks, or more than {_MOST_BLOCKS}"
     if any(not t.numel() for t in mod.captures):
         return "a captured tensor is empty"
-    if not (_UNPROVEN or INTERPRETED or _proven(mod.graph)):
-        return "not proven on a GPU yet: FLEXATTN_UNPROVEN=1 lets a kernel make it"
     with on(device):
         found = _plan(mod, grid, device)
         if isinstance(found, str):
@@ -101,14 +95,6 @@ def runs(mod: Mod, grid: Grid, device: torch.device, max_runs: int | None = None
         if not (at_once or max_runs is not None or compiled(found.key, device)):
             return "its kernel is compiled with the next mask of this form"
         return _Solution(found, mod, grid, device, separate).table(max_runs)
-
-
-def _proven(graph: Graph) -> bool:
-    """Whether kernels of such masks have run on a GPU: not those of floating point, nor of tensors
-    that are read by q_idx and kv_idx together."""
-    level = levels(graph.nodes)
-    return not any((n.dtype in FLOATS and not n.is_const) or
-                   (n.op is Op.LOAD and level[n] == TILE) for n in graph.nodes)
 
 
 # Plans

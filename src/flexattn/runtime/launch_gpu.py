@@ -58,7 +58,7 @@ class Choice:
     kernel: str
     prepared: Any  # a Prepared or a PreparedBackward
     refusals: tuple[tuple[str, str], ...]
-    keep: Any  # the mods whose graphs' identity the call was found by
+    keep: Any  # the mods' graphs, by whose identity the call was found; no tensors
 
 
 _choices: dict[tuple, Choice] = {}
@@ -133,7 +133,8 @@ def _first(kernels: Mapping[str, Callable[..., Any]], unproven: frozenset[str], 
     for name, prepare in kernels.items():
         prepared = _OFF if name in unproven else prepare(call, *more)
         if not isinstance(prepared, Refusal):
-            return Choice(name, prepared, tuple(refusals), (call.score, call.mask))
+            graphs = [mod.graph for mod in (call.score, call.mask) if mod is not None]
+            return Choice(name, prepared, tuple(refusals), graphs)
         refusals.append((name, prepared.reason))
     raise _no_kernel(refusals)
 
