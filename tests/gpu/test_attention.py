@@ -155,12 +155,12 @@ def test_no_tensor_outlives_its_calls(length):
                    for n in (length, 300, 300))
         bias = torch.randn(2, 700, device="cuda", requires_grad=True)
         kept = torch.rand(300, device="cuda") > 0.5
-        block = flexattn.create_block_mask(lambda b, h, q_idx, kv_idx: kept[kv_idx], None, None,
-                                           length, 300, device="cuda")
+        mask = flexattn.create_block_mask(lambda b, h, q_idx, kv_idx: kept[kv_idx], None, None,
+                                          length, 300, device="cuda")
         out = flexattn.flex_attention(
-            q, k, v, lambda score, b, h, q_idx, kv_idx: score + bias[h, q_idx - kv_idx + 300], block)
+            q, k, v, lambda score, b, h, q_idx, kv_idx: score + bias[h, q_idx - kv_idx + 300], mask)
         out.sum().backward()
-        return [weakref.ref(t) for t in (q, k, v, bias, kept, out, block)]
+        return [weakref.ref(t) for t in (q, k, v, bias, kept, out, mask)]
 
     tensors = call()
     gc.collect()
