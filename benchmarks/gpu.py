@@ -30,6 +30,8 @@ MODS = ("noop", "causal", "alibi_causal", "softcap", "table", "sliding", "docume
 DECODE = ((1, 32, 8, 131072, 128), (16, 32, 8, 8192, 128), (64, 32, 8, 4096, 128),
           (8, 16, 16, 16384, 64))  # batch, heads, kv_heads, kv_len, head_dim
 
+HEAVY = {"t5": 4096, "graphormer": 1024, "natten": 4096}  # lengths
+ONE_STAGE = ("table", "learned bias", "graphormer edge")  # read a tensor by q_idx and kv_idx
 _HALF = torch.bfloat16
 CORNERS = {
     "D256": HeadShape(4, 8, 8, 4096, 4096, 256, _HALF),
@@ -70,9 +72,17 @@ def _written_out(case: Case, backward: bool) -> Attention | None:
     return case.sdpa if own else None
 
 
+def _one_stage(case: Case, backward: bool) -> Attention | None:
+    """torch's flex where its own choice does not fit the GPU, as its users get it to run."""
+    if case.name not in ONE_STAGE:
+        return None
+    return providers.torch_flex_compiled(case, backward, kernel_options={"num_stages": 1})
+
+
 PROVIDERS: dict[str, providers.Provider] = {
     "ours": providers.ours,
     "torch_flex": providers.torch_flex_compiled,
+    "torch_flex, 1 stage": _one_stage,
     "cudnn": partial(_backend, which=SDPBackend.CUDNN_ATTENTION),
     "flash2": partial(_backend, which=SDPBackend.FLASH_ATTENTION),
     "written_out": _written_out,
@@ -129,15 +139,22 @@ def shapes(options: argparse.Namespace) -> Iterator[Row]:
 
 def heavy(options: argparse.Namespace) -> Iterator[Row]:
     """The heaviest mods and masks of the library."""
-    for make, length in ((gpu_cases.t5, 4096), (gpu_cases.graphormer, 1024),
-                         (gpu_cases.natten, 4096)):
+    for name in options.cases or HEAVY:
+        length = HEAVY[name]
         shape = HeadShape(4, 16, 16, length, length, 64, torch.bfloat16)
-        yield from both_ways(make(shape), options, ("ours", "torch_flex"))
+        yield from both_ways(CASES[name](shape), options,
+                             ("ours", "torch_flex", "torch_flex, 1 stage"))
 
 
 def learned_bias(options: argparse.Namespace) -> Iterator[Row]:
     """Forward and backward of a trained bias; "deterministic" compares ours with ours."""
-    shape = HeadShape(2, 16, 16, 8192, 8192, 128, torch.bfloat16)
+    for head_dim in options.head_dims:
+        heads = COLUMNS // head_dim
+        yield from _learned_bias(HeadShape(2, heads, heads, 8192, 8192, head_dim, torch.bfloat16),
+                                 options)
+
+
+def _learned_bias(shape: HeadShape, options: argparse.Namespace) -> Iterator[Row]:
     case, inputs = gpu_cases.learned_bias(shape), shape.inputs(requires_grad=True)
     d_out = torch.randn_like(inputs[0])
 
@@ -153,8 +170,9 @@ def learned_bias(options: argparse.Namespace) -> Iterator[Row]:
 
     makers: Makers = {"ours": partial(steps, "ours"),
                       "deterministic": partial(steps, "ours", True)}
-    if "torch_flex" in _wanted(options, PROVIDERS):
-        makers["torch_flex"] = partial(steps, "torch_flex")
+    for peer in ("torch_flex", "torch_flex, 1 stage"):
+        if peer in _wanted(options, PROVIDERS):
+            makers[peer] = partial(steps, peer)
     times = interleaved(_ready(case.name, makers), rounds=options.rounds)
     work = case.flops(False) + case.flops(True)
     yield from _rows("learned bias fwd+bwd", shape, times, work * 1e-12, "TFLOP/s")
@@ -237,7 +255,7 @@ def _ready(case: str, makers: Makers) -> dict[str, Callable[[], object]]:
             run()
         except Exception as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"  {name} cannot run {case}: {first[:100]}", file=sys.stderr)
+            print(f"  {name} cannot run {case}: {first[:250]}", file=sys.stderr)
             gc.collect()
             torch.cuda.empty_cache()
         else:

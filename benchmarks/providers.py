@@ -20,8 +20,8 @@ from benchmarks.cases import Attention, Case
 Provider = Callable[[Case, bool], Attention | None]
 
 
-def _flex(case: Case, attention: Callable[..., Any],
-          create_block_mask: Callable[..., Any]) -> Attention:
+def _flex(case: Case, attention: Callable[..., Any], create_block_mask: Callable[..., Any],
+          **options: Any) -> Attention:
     s = case.shape
     block_mask = None
     if case.mask_mod is not None:
@@ -30,7 +30,7 @@ def _flex(case: Case, attention: Callable[..., Any],
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, score_mod=case.score_mod, block_mask=block_mask,
-                         enable_gqa=s.grouped)
+                         enable_gqa=s.grouped, **options)
     return run
 
 
@@ -38,13 +38,13 @@ def ours(case: Case, backward: bool) -> Attention | None:
     return _flex(case, flexattn.flex_attention, flexattn.create_block_mask)
 
 
-def torch_flex_compiled(case: Case, backward: bool) -> Attention | None:
+def torch_flex_compiled(case: Case, backward: bool, **options: Any) -> Attention | None:
     """torch.compile(flex_attention); compiled for this case alone, as fast as it gets."""
     if case.shape.device == "cpu" and backward:
         return None
     torch.compiler.reset()
     compiled = torch.compile(torch_flex.flex_attention, dynamic=False)
-    return _flex(case, compiled, torch_flex.create_block_mask)
+    return _flex(case, compiled, torch_flex.create_block_mask, **options)
 
 
 def torch_flex_eager(case: Case, backward: bool) -> Attention | None:
