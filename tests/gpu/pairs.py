@@ -144,9 +144,20 @@ def _buckets(case: Case) -> tuple[Callable, list[Tensor]]:
         (q_idx - kv_idx).abs().float() + 1).mul(3).to(torch.int64).clamp(max=39), h]), [table]
 
 
+def _frozen(make: Callable[[Case], tuple[Callable, list[Tensor]]]) -> Callable:
+    """The same score mod with captured tensors that want no gradients."""
+    def frozen(case: Case) -> tuple[Callable, list[Tensor]]:
+        mod, trained = make(case)
+        for tensor in trained:
+            tensor.requires_grad_(False)
+        return mod, []
+    return frozen
+
+
 SCORES = {"none": _none, "softcap": _softcap, "alibi": _alibi, "bias": _bias,
           "two_reads": _two_reads, "ten_ops": _ten_ops, "pair_bias": _pair_bias,
-          "buckets": _buckets}
+          "buckets": _buckets, "frozen_alibi": _frozen(_alibi), "frozen_bias": _frozen(_bias),
+          "frozen_reads": _frozen(_two_reads)}
 
 
 # Masks
@@ -184,7 +195,10 @@ class Results:
     tensors: dict[str, Tensor]
 
 
-def ours(case: Case, inputs: list[Tensor], weights: tuple[Tensor, Tensor], mods: Any,
+Weights = tuple[Tensor, Tensor | None]  # what out and lse are multiplied with in the loss
+
+
+def ours(case: Case, inputs: list[Tensor], weights: Weights, mods: Any,
          grads: bool = True, **options: Any) -> Results:
     score_mod, mask_mod, trained = mods
     mask = None if mask_mod is None else create_block_mask(
@@ -196,7 +210,7 @@ def ours(case: Case, inputs: list[Tensor], weights: tuple[Tensor, Tensor], mods:
         return _results(out, aux.lse, inputs, trained, weights, grads)
 
 
-def dense(case: Case, inputs: list[Tensor], weights: tuple[Tensor, Tensor], mods: Any,
+def dense(case: Case, inputs: list[Tensor], weights: Weights, mods: Any,
           dtype: torch.dtype) -> Results:
     """By the formula, in float64 or, as eager code would, in the case's dtype."""
     score_mod, mask_mod, trained = mods
@@ -206,11 +220,12 @@ def dense(case: Case, inputs: list[Tensor], weights: tuple[Tensor, Tensor], mods
 
 
 def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], trained: list[Tensor],
-             weights: tuple[Tensor, Tensor], grads: bool) -> Results:
+             weights: Weights, grads: bool) -> Results:
     found = {"out": out.detach(), "lse": lse.detach()}
     if grads:
         loss = (out * weights[0].to(out.dtype)).sum()
-        loss = loss + torch.where(lse.isinf(), 0.0, lse * weights[1].to(lse.dtype)).sum()
+        if weights[1] is not None:
+            loss = loss + torch.where(lse.isinf(), 0.0, lse * weights[1].to(lse.dtype)).sum()
         names = ["query", "key", "value", *(f"captured{i}" for i in range(len(trained)))]
         found |= dict(zip(names, torch.autograd.grad(loss, [*inputs, *trained]), strict=True))
     return Results(found)
@@ -231,7 +246,6 @@ class precision:
 
 
 def weights_of(case: Case) -> tuple[Tensor, Tensor]:
-    """What out and lse are multiplied with in the loss."""
     rows = (BATCH, case.num_heads, case.lengths[0])
     return (torch.randn(*rows, case.dims[1], device=DEVICE, dtype=case.torch_dtype),
             torch.randn(rows, device=DEVICE))
@@ -263,27 +277,27 @@ def warm(case: Case, environment: dict[str, str]) -> None:
 
 # Choosing
 
-def pairwise() -> Iterator[Case]:
+def pairwise(axes: dict[str, Sequence[Any]] = AXES) -> Iterator[Case]:
     """Greedy and always the same: each case covers as many pairs as a few tries find."""
-    names = list(AXES)
+    names = list(axes)
     left = {(a, x, b, y) for a, b in itertools.combinations(range(len(names)), 2)
-            for x, one in enumerate(AXES[names[a]]) for y, other in enumerate(AXES[names[b]])
+            for x, one in enumerate(axes[names[a]]) for y, other in enumerate(axes[names[b]])
             if (one, other) not in APART}
     while left:
         a, x, b, y = min(left)
         picked = {a: x, b: y}
         for axis in range(len(names)):
             if axis not in picked:
-                picked[axis] = max(_together(picked, axis), key=lambda value, axis=axis: (
+                picked[axis] = max(_together(axes, picked, axis), key=lambda value, axis=axis: (
                     _covered(left, picked, axis, value), -value))
-        yield Case(*(AXES[name][picked[i]] for i, name in enumerate(names)))
+        yield Case(*(axes[name][picked[i]] for i, name in enumerate(names)))
         left -= {(i, picked[i], j, picked[j]) for i, j in itertools.combinations(range(len(names)),
                                                                                  2)}
 
 
-def _together(picked: dict[int, int], axis: int) -> list[int]:
+def _together(axes: dict[str, Sequence[Any]], picked: dict[int, int], axis: int) -> list[int]:
     """The values of an axis that go with those picked."""
-    values = list(AXES.values())
+    values = list(axes.values())
     chosen = [values[other][known] for other, known in picked.items()]
     return [i for i, value in enumerate(values[axis])
             if not any({(value, one), (one, value)} & APART for one in chosen)]
