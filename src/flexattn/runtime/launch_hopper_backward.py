@@ -9,14 +9,16 @@ in any order, so deterministic calls are refused.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexattn.compile_triton import Source, load
+from flexattn.ir.ops import Op
 from flexattn.kernels.hopper_backward_config import HopperBackwardConfig, backward_configs
+from flexattn.lower.separate import ROWS, levels
 from flexattn.runtime.call import Call, Gradients, Result
 from flexattn.runtime.gpu_driver import Function
 from flexattn.runtime.gpu_launch import (
@@ -97,6 +99,15 @@ def _untaken(code: ModCode) -> str | None:
     return None
 
 
+def _reads_queries(code: ModCode) -> bool:
+    """Whether a mod reads a captured tensor once for each query."""
+    for graph in code.graphs:
+        level = levels(graph.nodes) if graph else {}
+        if any(n.op is Op.LOAD and known == ROWS for n, known in level.items()):
+            return True
+    return False
+
+
 def _with_mods(call: Call) -> Call:
     """The call with the tensors of its mods on its device."""
     score, mask = (on_device(mod, call.query.device) for mod in (call.score, call.mask))
@@ -134,7 +145,9 @@ class HopperBackwardPlan:
             "blocks": Blocks(TABLE, TABLE, "i32", "i32") if self.sparse else "constexpr",
             "args": self.code.argument_type(), "scale": "fp32", "C": "constexpr",
             "MODS": "constexpr"}
-        constants: dict[str, Any] = {"C": config, "MODS": load(self.code.text)}
+        constants: dict[str, Any] = {
+            "C": replace(config, reads_queries=_reads_queries(self.code)),
+            "MODS": load(self.code.text)}
         if not self.sparse:
             constants["blocks"] = None
         options = {"num_warps": 4, "maxnreg": config.entry_registers}
