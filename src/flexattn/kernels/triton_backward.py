@@ -85,10 +85,11 @@ def _where_all(kept, values):
 
 
 @triton.jit
-def prepare(out, d_out, lse, d_lse, statistics, sizes, VALUE_DIM: tl.constexpr,
+def prepare(out, d_out, lse, d_lse, statistics, total, sizes, VALUE_DIM: tl.constexpr,
             PADDED_DIM: tl.constexpr, ROWS: tl.constexpr):
     """lse2 = lse * log2(e), +inf for rows without any key and beyond the last one (so that their p
-    is 0), and delta = sum(d_out * out) - d_lse."""
+    is 0), and delta = sum(d_out * out) - d_lse. total: None, or the float32 of as many rows and of
+    VALUE_DIM columns in which dq will be summed up, made 0."""
     heads, q_len, lines = sizes
     line = tl.program_id(1)
     b, h = line // heads, line % heads
@@ -105,6 +106,10 @@ def prepare(out, d_out, lse, d_lse, statistics, sizes, VALUE_DIM: tl.constexpr,
     to = statistics[0] + tl.cast(line, tl.int64) * statistics[1] + row
     tl.store(to, lse2)
     tl.store(to + lines * statistics[1], delta)
+    if total is not None:
+        start = total + (tl.cast(line, tl.int64) * statistics[1] + first) * VALUE_DIM
+        at = tl.arange(0, ROWS)[:, None] * VALUE_DIM + tl.arange(0, VALUE_DIM)[None, :]
+        tl.store(start + at, tl.zeros([ROWS, VALUE_DIM], tl.float32))
 
 
 @triton.jit

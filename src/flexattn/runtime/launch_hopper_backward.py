@@ -33,7 +33,7 @@ from flexattn.runtime.gpu_launch import (
 from flexattn.runtime.gpu_mods import ModCode, argument_values, mod_code, on_device
 from flexattn.runtime.gpu_tables import tables
 from flexattn.runtime.launch_hopper import descriptor_type, out_of_place
-from flexattn.runtime.launch_triton import TABLE, TENSOR, alignment
+from flexattn.runtime.launch_triton import TABLE, TENSOR, alignment, is_aligned
 from flexattn.runtime.launch_triton_backward import PREPARE_ROWS, prepare_source, prepare_values
 from flexattn.runtime.tensor_map import takes
 from flexattn.runtime.triton_backward_plan import deterministic
@@ -178,8 +178,8 @@ class _Backward:
         self._prepare, self._round = (
             Launch(function(repr(key), device, build), build, (self.length // rows, self.lines, 1),
                    values) for key, build, rows, values in (
-                       (*_prepare_source(call, d_lse), PREPARE_ROWS,
-                        prepare_values(call, result, d_out, d_lse, memory.statistics)),
+                       (*_prepare_source(call, result, d_out, d_lse), PREPARE_ROWS,
+                        prepare_values(call, result, d_out, d_lse, *memory[:2])),
                        (*_round_source(call), _ROUND_ROWS, self._round_values(call, memory))))
         self._main = Launch(main, plan.source, (tiles * k.shape[0] * k.shape[1], 1, 1),
                             self._main_values(call, d_out, memory))
@@ -191,7 +191,7 @@ class _Backward:
     def run(self, call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
         with_mods, memory = _with_mods(call), self._memory(call)
         stream = stream_of(call.query)
-        self._prepare.fresh(prepare_values(call, result, d_out, d_lse, memory.statistics), stream)
+        self._prepare.fresh(prepare_values(call, result, d_out, d_lse, *memory[:2]), stream)
         self._main.fresh(self._main_values(with_mods, d_out, memory), stream)
         self._round.fresh(self._round_values(call, memory), stream)
         captures = call.score.captures if call.score else ()
@@ -201,7 +201,7 @@ class _Backward:
     def _memory(self, call: Call) -> _Memory:
         q = call.query
         return _Memory(q.new_empty(2 * self.lines, self.length, dtype=torch.float32),
-                       q.new_zeros(1, self.lines, self.length, q.shape[3], dtype=torch.float32),
+                       q.new_empty(1, self.lines, self.length, q.shape[3], dtype=torch.float32),
                        torch.empty_like(q), torch.empty_like(call.key),
                        torch.empty_like(call.value))
 
@@ -231,10 +231,11 @@ class _Backward:
 _Build = tuple[tuple, Callable[[], Source]]
 
 
-def _prepare_source(call: Call, d_lse: Tensor | None) -> _Build:
+def _prepare_source(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> _Build:
     dtype, value_dim, with_lse = call.query.dtype, call.value.shape[-1], d_lse is not None
-    return (("triton prepare", dtype, value_dim, with_lse),
-            lambda: prepare_source(dtype, value_dim, with_lse))
+    aligned = is_aligned(result.out, d_out)
+    return (("triton prepare with total", dtype, value_dim, with_lse, aligned),
+            lambda: prepare_source(dtype, value_dim, with_lse, aligned, with_total=True))
 
 
 def _round_source(call: Call) -> _Build:

@@ -40,6 +40,8 @@ from flexattn.runtime.gpu_mods import ModCode, argument_values, mod_code
 from flexattn.runtime.gpu_tables import tables
 from flexattn.runtime.launch_triton import (
     TENSOR,
+    alignment,
+    is_aligned,
     precision,
     with_rows,
 )
@@ -252,12 +254,12 @@ class _Backward:
     def _prepare_launch(self, call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None,
                         memory: _Buffers) -> Launch:
         value_dim, dtype = call.value.shape[-1], call.query.dtype
-        with_lse = d_lse is not None
+        with_lse, aligned = d_lse is not None, is_aligned(result.out, d_out)
 
         def build() -> Source:
-            return prepare_source(dtype, value_dim, with_lse)
+            return prepare_source(dtype, value_dim, with_lse, aligned)
 
-        key = repr(("triton prepare", dtype, value_dim, with_lse))
+        key = repr(("triton prepare", dtype, value_dim, with_lse, aligned))
         return Launch(function(key, call.query.device, build), build,
                       (self.q_length // PREPARE_ROWS, self.lines, 1),
                       prepare_values(call, result, d_out, d_lse, memory.statistics))
@@ -319,18 +321,20 @@ def one(device: torch.device) -> Tensor:
 
 
 def prepare_values(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None,
-                   statistics: Tensor) -> list[Any]:
+                   statistics: Tensor, total: Tensor | None = None) -> list[Any]:
     """Of the kernel that fills statistics: float32 [2 * batch * heads, length], lse2 and then
-    delta, with room for whole tiles."""
+    delta, with room for whole tiles; and makes total 0, where there is one."""
     values: list[Any] = []
     for t in (result.out, d_out):
         values += [t, *t.stride()[:3]]
     values += [result.lse, *([d_lse] if d_lse is not None else [])]
     q = call.query.shape
-    return [*values, statistics, statistics.stride(0), q[1], q[2], q[0] * q[1]]
+    values += [statistics, statistics.stride(0), *([total] if total is not None else [])]
+    return [*values, q[1], q[2], q[0] * q[1]]
 
 
-def prepare_source(dtype: torch.dtype, value_dim: int, with_lse: bool) -> Source:
+def prepare_source(dtype: torch.dtype, value_dim: int, with_lse: bool, aligned: bool,
+                   with_total: bool = False) -> Source:
     from flexattn.kernels.triton_backward import prepare as kernel
 
     tensor = (f"*{TYPES[dtype]}", *TENSOR)
@@ -338,8 +342,13 @@ def prepare_source(dtype: torch.dtype, value_dim: int, with_lse: bool) -> Source
                  "ROWS": PREPARE_ROWS}
     signature = {"out": tensor, "d_out": tensor, "lse": "*fp32",
                  "d_lse": "*fp32" if with_lse else "constexpr", "statistics": ("*fp32", "i64"),
-                 "sizes": ("i32",) * 3, **dict.fromkeys(constants, "constexpr")}
-    return Source(kernel, signature, constants if with_lse else {"d_lse": None, **constants})
+                 "total": "*fp32" if with_total else "constexpr", "sizes": ("i32",) * 3,
+                 **dict.fromkeys(constants, "constexpr")}
+    absent = {"d_lse": None} if not with_lse else {}
+    absent |= {"total": None} if not with_total else {}
+    known = alignment((0, 1), dtype) if aligned else {}
+    known |= {(5,): 16} if with_total else {}
+    return Source(kernel, signature, {**absent, **constants}, known)
 
 
 def _scatter_source(code: ModCode, read: int, kind: str, exact: bool) -> Source:
