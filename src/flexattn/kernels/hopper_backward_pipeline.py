@@ -258,7 +258,7 @@ def _load_keys(desc, place, full, memory, C: gl.constexpr):
 
 
 @gluon.jit
-def _load_step(inputs, place, walk, line, block, stage, phase, first, shared, C: gl.constexpr):
+def _load_step(inputs, walk, line, block, stage, phase, shared, C: gl.constexpr):
     """One tile of queries, when its stage is free. Gives the next stage."""
     first_q = block * C.tile_q
     named_barrier("sync", _STAGE_EMPTY + stage, 256 + 32)
@@ -269,8 +269,6 @@ def _load_step(inputs, place, walk, line, block, stage, phase, first, shared, C:
     statistics: gl.constexpr = inputs.statistics.block_type.shape
     tma_load(inputs.statistics, [0, line, 0, first_q], full,
              reinterpret(shared.statistics.index(stage), statistics, inputs.statistics.layout))
-    if first:
-        _load_keys(inputs.v, place, shared.kv_full.index(1), shared.v, C)
     full = shared.d_out_full.index(stage)
     mbarrier.expect(full, inputs.d_out.block_type.nbytes)
     _load(inputs.d_out, walk.batch, walk.head, first_q, full, shared.d_out.index(stage))
@@ -279,37 +277,29 @@ def _load_step(inputs, place, walk, line, block, stage, phase, first, shared, C:
 
 @gluon.jit
 def produce(inputs, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
-    """Loads the keys, the first tile of queries, the values, and then tile after tile."""
+    """Loads the keys and values and, when the tables are read, tile after tile of queries."""
     place = keys_of(sizes, C)
     _load_keys(inputs.k, place, shared.kv_full.index(0), shared.k, C)
+    _load_keys(inputs.v, place, shared.kv_full.index(1), shared.v, C)
     last = gl.cdiv(sizes.q_len, C.tile_q) - 1
     stage = 0
     phase = 0
-    first = True
     for sharer in range(sharers(sizes)):
         walk = walk_of(place, sharer, sizes, blocks, C, MODS)
         line = walk.batch * sizes.heads + walk.head
         if blocks is None:
             for block in range(walk.full + walk.partial):
-                stage, phase = _load_step(inputs, place, walk, line, block, stage, phase, first,
-                                          shared, C)
-                first = False
+                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
         else:
             _, run, runs, block, stop = first_block(blocks.full, walk.row, last)
             partly = first_block(blocks.partial, walk.row, last)
             for _ in range(walk.full):
-                stage, phase = _load_step(inputs, place, walk, line, block, stage, phase, first,
-                                          shared, C)
-                first = False
+                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
                 run, block, stop = next_block(blocks.full, run, runs, block, stop, last)
             _, run, runs, block, stop = partly
             for _ in range(walk.partial):
-                stage, phase = _load_step(inputs, place, walk, line, block, stage, phase, first,
-                                          shared, C)
-                first = False
+                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
                 run, block, stop = next_block(blocks.partial, run, runs, block, stop, last)
-    if first:  # no query attends to these keys
-        _load_keys(inputs.v, place, shared.kv_full.index(1), shared.v, C)
 
 
 # The reducer, one warp
