@@ -8,7 +8,6 @@ derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ def kernels(device: torch.device) -> tuple[Forward, Backward]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        result = kernels(call.query.device)[0](replace(call, want_lse=True))
+        result = kernels(call.query.device)[0](call._replace(want_lse=True))
         # Tensors are saved torch's way, which notices changes in place and lets hooks move them.
         ctx.call = call.with_tensors([_NOTHING] * len(call.tensors))
         ctx.save_for_backward(result.out, result.lse, *call.tensors)
