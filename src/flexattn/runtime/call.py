@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flexattn.block_mask import BlockMask
@@ -72,5 +73,6 @@ def like_query(q: Tensor, value_dim: int) -> Tensor:
     row, head = value_dim, q_len * value_dim
     if q.stride(1) < q.stride(2):
         row, head = heads * value_dim, value_dim
-    return q.new_empty_strided((batch, heads, q_len, value_dim),
-                               (heads * q_len * value_dim, head, row, 1))
+    return torch.empty_strided((batch, heads, q_len, value_dim),
+                               (heads * q_len * value_dim, head, row, 1), dtype=q.dtype,
+                               device=q.device)

@@ -140,20 +140,21 @@ def on_device(mod: Mod | None, device: torch.device) -> Mod | None:
 
 # Reads out of range
 
-_watched: list[tuple[ModCode, Sequence[tuple[int, ...]]]] = []
+_watched: dict[int, tuple[ModCode, Sequence[tuple[int, ...]]]] = {}  # by the identity of code
 
 
 def watch(code: ModCode, score: Mod | None, mask: Mod | None) -> None:
-    """From now on, `check` looks at this code's flag."""
+    """From now on, `check` looks at this code's flag. The shapes it names are those of the call
+    prepared last."""
     shapes = [tuple(t.shape) for mod in (score, mask) if mod for t in mod.captures]
-    if shapes and not any(known is code for known, _ in _watched):
-        _watched.append((code, shapes))
+    if shapes:
+        _watched[id(code)] = code, shapes
 
 
 def check() -> None:
     """Raises what kernels that have finished reported; waits for nothing."""
     check_rooms()
-    for code, _ in _watched:
+    for code, _ in _watched.values():
         if code.reported:
             _raise(code)
 
@@ -167,7 +168,7 @@ def _raise(code: ModCode) -> None:
     loads = [n for n in graph.nodes if n.op is Op.LOAD]
     slot = loads[min(abs(number), len(loads)) - 1].attr
     first = len(code.graphs[0].captures) if role and code.graphs[0] else 0
-    shape = next(shapes for known, shapes in _watched if known is code)[first + slot]
+    shape = _watched[id(code)][1][first + slot]
     raise IndexOutOfRangeError(message(
         f"a {('score', 'mask')[role]}_mod reads captured tensor {slot} (shape {shape}) out of "
         "range at an attended position", expected="indices inside of the tensor",

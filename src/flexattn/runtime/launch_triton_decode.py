@@ -46,11 +46,12 @@ def key(call: Call) -> tuple:
     """What calls that share a prepared one agree in: not in the length of the keys, in which
     caches grow, nor in what changes with it. The call has contiguous columns."""
     q, k, v, mask = call.query, call.key, call.value, call.block_mask
-    score_graph, mask_graph = (mod and id(mod.graph) for mod in (call.score, call.mask))
     return ("decode", q.shape, q.stride(), k.shape[:2], v.shape[3], q.dtype, q.get_device(),
             is_aligned(q, k, v), call.scale > 0, call.want_lse, call.want_max_scores,
-            score_graph, mask_graph, proven(call), mask is not None and mask.shape[1] > 1,
-            mask is None, q.dtype is torch.float32 and torch.get_float32_matmul_precision())
+            None if call.score is None else id(call.score.graph),
+            None if call.mask is None else id(call.mask.graph), proven(call),
+            None if mask is None else mask.shape[1] > 1,
+            q.dtype is torch.float32 and torch.get_float32_matmul_precision())
 
 
 def prepare(call: Call) -> Prepared | Refusal:
@@ -199,7 +200,7 @@ class _Decode:
         self.pack = packed_heads(call)
         self._tiles = q.shape[0] * q.shape[1] // self.pack * -(
             -self.pack * q.shape[2] // config.tile_q)
-        self._lines = q.shape[:3]
+        self._lines, self._strides = q.shape[:3], q.stride()[:3]
         self._rows = self._lines.numel()
         self._mask_rows = SHORT if q.shape[2] <= SHORT else MOST_QUERIES
         found = self._dealt.function
@@ -231,26 +232,31 @@ class _Decode:
     def run(self, call: Call) -> Result:
         q = call.query
         out = like_query(q, self._end.value_dim)
-        lse, max_scores = (torch.empty(self._lines, dtype=torch.float32, device=self._device)
-                           if wanted else None for wanted in (call.want_lse, call.want_max_scores))
-        results = [pointer(out), *out.stride()[:3]]
-        results += [pointer(t) for t in (lse, max_scores) if t is not None]
+        results, lse, max_scores = [pointer(out), *out.stride()[:3]], None, None
+        if call.want_lse:
+            lse = self._floats(self._rows).view(self._lines)
+            results.append(pointer(lse))
+        if call.want_max_scores:
+            max_scores = self._floats(self._rows).view(self._lines)
+            results.append(pointer(max_scores))
         stream, splits = stream_of(q), self.splits(call.key.shape[2])
         grid = (self._tiles * splits, 1, 1)
         if splits == 1:
             self._alone(grid, self._values(call, results, 1), stream)
         else:
-            parts = torch.empty(self._rows * splits * (self._end.value_dim + 2),
-                                dtype=torch.float32, device=self._device)
+            parts = self._floats(self._rows * splits * (self._end.value_dim + 2))
             self._dealt(grid, self._values(call, [pointer(parts)], splits), stream)
             self._combine((self._rows, -(-self._end.value_dim // self._end.columns), 1),
                           [pointer(parts), *results, self._rows, *self._lines[1:], splits], stream)
         return Result(out, lse, max_scores)
 
+    def _floats(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.float32, device=self._device)
+
     def _values(self, call: Call, results: list[Any], splits: int) -> list[Any]:
         """Of the parameters of `decode`."""
         q, k, v = call.query, call.key, call.value
-        values = [pointer(q), *q.stride()[:3], pointer(k), *k.stride()[:3], pointer(v),
+        values = [pointer(q), *self._strides, pointer(k), *k.stride()[:3], pointer(v),
                   *v.stride()[:3], *results]
         blocks = (1, 1)
         if call.block_mask is not None:
