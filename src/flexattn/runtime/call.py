@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -43,9 +42,13 @@ class Call(NamedTuple):
         """The same call of other tensors, in the order of `tensors`."""
         query, key, value, *captures = tensors
         own = len(self.score.captures) if self.score else 0
-        score = self.score and replace(self.score, captures=tuple(captures[:own]))
-        mask = self.mask and replace(self.mask, captures=tuple(captures[own:]))
+        score = _with_captures(self.score, captures[:own])
+        mask = _with_captures(self.mask, captures[own:])
         return self._replace(query=query, key=key, value=value, score=score, mask=mask)
+
+
+def _with_captures(mod: Mod | None, captures: Sequence[Tensor]) -> Mod | None:
+    return Mod(mod.graph, tuple(captures), mod.numbers) if mod and captures else mod
 
 
 class Result(NamedTuple):
