@@ -235,12 +235,13 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
 
 
 def _check_mask(mask: Any, query: Tensor, key: Tensor) -> None:
-    wanted = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    if mask.shape[2:] != wanted[2:]:
+    batch, heads, q_len, _ = query.shape
+    given, lengths = mask.shape, (q_len, key.shape[2])
+    if given[2:] != lengths:
         raise ShapeError(message("block_mask was made for other lengths.",
-                                 expected=f"q_len, kv_len = {wanted[2:]}", got=str(mask.shape[2:]),
+                                 expected=f"q_len, kv_len = {lengths}", got=str(given[2:]),
                                  remedy="create_block_mask with these lengths"))
-    for size, n, name in zip(mask.shape[:2], wanted[:2], ("batch", "heads"), strict=True):
+    for size, n, name in ((given[0], batch, "batch"), (given[1], heads, "heads")):
         if size not in (1, n):
             raise ShapeError(message(f"block_mask was made for another {name} size.",
                                      expected=f"{n} or 1", got=str(size),

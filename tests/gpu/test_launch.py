@@ -126,6 +126,31 @@ def test_lengths_batches_and_values_never_compile_again(monkeypatch):
         call(1 + n % 16, 2, 0.1)
 
 
+def test_a_growing_cache_is_prepared_once(monkeypatch):
+    """Copied for each token, or with room for all; with a mask that grows as well."""
+    prepared, first = [], launch_triton_decode.prepare
+
+    def counted(call):
+        prepared.append(call)
+        return first(call)
+
+    monkeypatch.setitem(launch_gpu.FORWARD, "triton decode", counted)
+    launch_gpu._choices.clear()
+    q = torch.randn(2, 8, 1, 128, device="cuda", dtype=torch.bfloat16)
+    cache = torch.randn(2, 2, 2, 5000, 128, device="cuda", dtype=torch.bfloat16)
+    real = torch.rand(2, 5000, device="cuda") < 0.9
+    for kv_len in (5, 100, 127, 128, 129, 1000, 1001, 4000, 5000):
+        k, v = cache[0, :, :, :kv_len], cache[1, :, :, :kv_len]
+        kept = real[:, :kv_len].clone()
+        mask = create_block_mask(lambda b, h, q_idx, kv_idx, kept=kept: kept[b, kv_idx], 2, None,
+                                 1, kv_len, device="cuda")
+        for keys, values in ((k, v), (k.contiguous(), v.contiguous())):
+            for mod in (None, mask.mask_mod):
+                out = flex_attention(q, keys, values, softcap, mod and mask, enable_gqa=True)
+                close(out, attention(q, keys, values, softcap, mod, None, torch.float64)[0])
+    assert len(prepared) == 2
+
+
 @pytest.mark.parametrize("q_len", [1, 9, 300])
 def test_nothing_is_touched_beside_the_output(monkeypatch, q_len):
     guards = []

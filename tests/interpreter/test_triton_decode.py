@@ -37,7 +37,7 @@ def check(q, k, v, score_mod=None, mask_mod=None, *, block=32, tolerance=2e-5, s
     chosen = launch_gpu.choice(call)
     assert chosen.kernel == "triton decode"
     if splits is not None:
-        assert (chosen.prepared.splits > 1) is splits
+        assert (chosen.prepared.splits(k.shape[2]) > 1) is splits
     found = launch_gpu.forward(call)
     wanted = attention(q, k, v, score_mod, mask_mod, scale, torch.float64)
     for x, y in zip((found.out, found.lse, found.max_scores), wanted, strict=True):
@@ -140,6 +140,41 @@ def test_a_read_out_of_range_is_reported():
 def test_more_splits_than_are_read_at_a_time(monkeypatch):
     monkeypatch.setattr(launch_triton_decode, "_INTERPRETED_AT_ONCE", 40)
     check(*tensors(1, 1, 1, 1, 640, (16, 16)), splits=True)
+
+
+def test_a_growing_cache_is_prepared_once(monkeypatch):
+    """Whether it is copied for each token or has room for all, with padding and without."""
+    k, v, real = torch.randn(2, 1, 200, 16), torch.randn(2, 1, 200, 16), torch.rand(2, 200) < 0.9
+    q, prepared = torch.randn(2, 4, 1, 16), []
+
+    def counted(call):
+        prepared.append(call)
+        return prepare(call)
+
+    monkeypatch.setitem(launch_gpu.FORWARD, "triton decode", counted)
+    launch_gpu._choices.clear()
+    for kv_len in (3, 16, 17, 18, 100, 101, 200):
+        kept = real[:, :kv_len].clone()
+        kept[:, 0] = True
+        keys, values = k[:, :, :kv_len], v[:, :, :kv_len]
+        check(q, keys, values, softcap)
+        check(q, keys.contiguous(), values.contiguous(), softcap)
+        check(q, keys, values, None, lambda b, h, q_idx, kv_idx, kept=kept: kept[b, kv_idx])
+    assert len(prepared) == 2
+
+
+def test_a_shorter_table_is_another_preparation():
+    """What is proven of reads is part of what calls share: beyond a table's end none is."""
+    q, k, v = tensors(1, 1, 2, 1, 60, (16, 16))
+    table = torch.randn(40)
+    for kv_len in (30, 40):
+        check(q, k[:, :, :kv_len], v[:, :, :kv_len],
+              lambda score, b, h, q_idx, kv_idx: score + table[kv_idx])
+    call = make_call(q, k, v, lambda score, b, h, q_idx, kv_idx: score + table[kv_idx], None, None,
+                     ALL, {})
+    launch_gpu.forward(call)
+    with pytest.raises(IndexOutOfRangeError, match=r"shape \(40,\)"):
+        launch_gpu.forward(call)
 
 
 def test_many_queries_are_refused():

@@ -88,3 +88,5 @@ def test_splits_fill_the_gpu_in_whole_waves(rng):
         assert 1 <= splits <= tiles
         assert waves * longest <= math.ceil(lines / 264) * tiles
         assert waves * longest <= 2 * max(lines * tiles / 264, 1) + 2 * waves
+        assert splits == min(range(1, min(tiles, 264) + 1), key=lambda n: (
+            math.ceil(lines * n / 264) * (math.ceil(tiles / n) + 2)))

@@ -45,6 +45,11 @@ class UndividedMask(SettledMask):
             self._regrids[key] = self._with(rows)
         return self._regrids[key]
 
+    def kernel_runs(self, tile_q: int, tile_kv: int, by_columns: bool = False) -> RunTable:
+        if by_columns:
+            return super().kernel_runs(tile_q, tile_kv, by_columns)
+        return _undivided(*self.seq_lengths, tile_q, tile_kv, self.device)
+
 
 def settled(mask: BlockMask) -> SettledMask:
     """The same mask, traced once from now on."""
@@ -54,10 +59,14 @@ def settled(mask: BlockMask) -> SettledMask:
 
 
 def undivided(mask_mod: MaskMod, batch: int, q_len: int, kv_len: int,
-              device: torch.device | str) -> UndividedMask:
-    """The mask of `mask_mod`, the same for all heads (and batch entries where batch is 1)."""
+              device: torch.device | str, traced: Mod | None = None) -> UndividedMask:
+    """The mask of `mask_mod`, the same for all heads (and batch entries where batch is 1).
+    traced: what its trace on this device gave, where it is known."""
     rows = _undivided(q_len, kv_len, _BLOCK, _BLOCK, device_of(device))
-    return UndividedMask(rows, (q_len, kv_len), (batch, 1), mask_mod, proved=True)
+    made = UndividedMask(rows, (q_len, kv_len), (batch, 1), mask_mod, proved=True)
+    if traced is not None:
+        made._known = mask_mod, rows.offsets.device, traced
+    return made
 
 
 def _undivided(q_len: int, kv_len: int, row_block: int, col_block: int,

@@ -14,7 +14,7 @@ from flexattn.ir.graph import Graph
 from flexattn.ir.mod import Mod
 from flexattn.lower.triton import Facts, lower
 from flexattn.lower.triton_facts import ModFacts, bound_of, mod_facts
-from flexattn.runtime import launch_gpu
+from flexattn.runtime import launch_gpu, launch_triton
 from flexattn.runtime.call import Call, Result, like_query
 
 LANGUAGE = "Triton"
@@ -50,7 +50,7 @@ def kernels(call: Call) -> tuple[Kernel, ...]:
     they are asked for the device at hand."""
     if not call.query.is_cuda:
         return ()
-    found = launch_gpu.choice(call)
+    found = launch_gpu.choice(launch_triton.with_rows(call))
     facts = {f"not {name}": reason for name, reason in found.refusals}
     file = f"kernels/{found.kernel.replace(' ', '_')}.py"
     if found.kernel in ("triton", "hopper"):

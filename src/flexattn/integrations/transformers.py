@@ -22,6 +22,7 @@ from flexattn.block_mask import BlockMask, create_block_mask, settled, undivided
 from flexattn.errors import ArgumentError, FlexAttnError, ShapeError, message
 from flexattn.integrations.torch_block_mask import as_torch
 from flexattn.ir.evaluate import evaluate
+from flexattn.ir.graph import Graph
 from flexattn.masks import and_masks, causal
 from flexattn.mods import attention_sink, chain, learned_bias, softcap
 from flexattn.trace import Mod, Trace, specialize, trace_mask_mod, trace_score_mod
@@ -77,19 +78,17 @@ def attention_mask(batch_size: int, q_length: int, kv_length: int, q_offset: int
         return None
     if decoding and isinstance(q_offset, int) and _attends_to_all(
             mask_function, q_offset, kv_offset, kv_length, device):
-        if real is None:
-            return None
-        mask = _keys_in(real)
-    else:
-        mask = mask_function if real is None else and_masks(mask_function, _keys_in(real))
+        return None if real is None else _padded(real[:, kv_offset:], kv_length)
+    mask = mask_function if real is None else and_masks(mask_function, _keys_in(real))
     mask = _shifted(mask, q_offset, kv_offset)
     if torch.compiler.is_compiling():  # made in the graph, and not kept beyond it
         return create_block_mask(mask, batch_size, None, q_length, kv_length, device=device)
     trace = trace_mask_mod(mask, device)
-    reads = specialize(trace).graph.inputs()
+    mod = specialize(trace)
+    reads = mod.graph.inputs()
     sizes = (batch_size if "b" in reads else None, q_length, kv_length, str(device))
     if decoding and "h" not in reads:
-        return as_torch(undivided(mask, sizes[0] or 1, q_length, kv_length, device))
+        return as_torch(undivided(mask, sizes[0] or 1, q_length, kv_length, device, mod))
     return _block_mask(mask, *sizes) if trace.captures else _kept(_Pattern(trace, mask), *sizes)
 
 
@@ -108,6 +107,19 @@ def _real_tokens(attention_mask: Tensor | None, length: int, decoding: bool) -> 
 
 def _keys_in(real: Tensor) -> Callable:
     return lambda b, h, q_idx, kv_idx: real[b, kv_idx]
+
+
+def _padded(real: Tensor, keys: int) -> BlockMask:
+    """The mask of one query that attends to all real keys."""
+    mod = Mod(_reads_of(real.dtype, real.device), (real,))
+    return as_torch(undivided(_keys_in(real), real.shape[0], 1, keys, real.device, mod))
+
+
+@lru_cache(maxsize=32)
+def _reads_of(dtype: torch.dtype, device: torch.device) -> Graph:
+    """The graph of `_keys_in`, traced once: only its tensor grows from token to token."""
+    return specialize(trace_mask_mod(_keys_in(torch.ones(1, 1, dtype=dtype, device=device)),
+                                     device)).graph
 
 
 def _attends_all(mask_function: Callable) -> bool:

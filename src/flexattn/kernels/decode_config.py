@@ -7,6 +7,9 @@ and the number of splits. What to change when tuning for another GPU.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
+
 from flexattn.kernels.triton_config import TritonConfig
 
 SHORT = 16  # queries: always decoding
@@ -35,10 +38,20 @@ def decode_configs(backend: str, head_dim: int, value_dim: int, bytes_each: int,
                  if backend != "hip" or tile[2] < 3)
 
 
+@lru_cache(maxsize=4096)
 def number_of_splits(lines: int, tiles: int, programs: int) -> int:
     """So that `lines` x splits programs, of which the GPU runs `programs` at a time, take the
     least time to go through `tiles` tiles of keys each."""
     def time(splits: int) -> int:
         return -(-lines * splits // programs) * (-(-tiles // splits) + _OVERHEAD)
 
-    return min(range(1, max(1, min(tiles, programs)) + 1), key=time)
+    return min(_fewest(tiles, programs), key=time)
+
+
+def _fewest(tiles: int, programs: int) -> Iterator[int]:
+    """Numbers of splits, up to `programs`, such that with one less a split has more tiles."""
+    splits = 1
+    while splits <= max(1, min(tiles, programs)):
+        yield splits
+        each = -(-tiles // splits)
+        splits = -(-tiles // (each - 1)) if each > 1 else tiles + 1

@@ -8,7 +8,7 @@ by a few powers of two, tensors told apart only by unit strides and by whether o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ from flexattn.lower.integer_ranges import Range, full_range, integer_ranges
 _BOUNDS = (1 << 24, 1 << 31, 1 << 63)
 
 
-@dataclass(frozen=True)
-class ReadFact:
+class ReadFact(NamedTuple):
     """How the index of a read may leave [0, size) in one dimension."""
 
     negative: bool = True  # below 0: counts from the end
@@ -33,8 +32,7 @@ class ReadFact:
         return not (self.below or self.above)
 
 
-@dataclass(frozen=True)
-class CaptureFact:
+class CaptureFact(NamedTuple):
     """wide: element offsets, here or in a contiguous gradient, need 64 bits. unit: dimensions
     whose stride is 1."""
 
@@ -42,8 +40,7 @@ class CaptureFact:
     unit: tuple[bool, ...]
 
 
-@dataclass(frozen=True)
-class ModFacts:
+class ModFacts(NamedTuple):
     """captures and numbers by slot; reads by LOAD in the order of graph.nodes, then dimension."""
 
     captures: tuple[CaptureFact, ...] = ()
@@ -99,7 +96,9 @@ def _reads(graph: Graph, captures: Sequence[Tensor], numbers: Sequence[bool | in
             known[n] = (0, lengths[n.attr] - 1)
         elif n.op is Op.NUMBER and n.dtype is torch.int64:
             known[n] = (int(numbers[n.attr]), int(numbers[n.attr]))
-    ranges = integer_ranges(graph.nodes, max(lengths.values()), known)
+    indices = {a for n in loads for a in n.args}
+    ranges = known if indices <= known.keys() else integer_ranges(
+        graph.nodes, max(lengths.values()), known)
     return tuple(tuple(_read_fact(ranges.get(a, full_range(a.dtype)), size)
                        for a, size in zip(n.args, captures[n.attr].shape, strict=True))
                  for n in loads)

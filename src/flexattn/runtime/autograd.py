@@ -8,7 +8,7 @@ derivatives.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,29 +25,30 @@ _NOTHING = torch.empty(0)
 
 def attend(call: Call) -> Result:
     """Run the call; record it for backward where a gradient is wanted."""
-    forward, _ = kernels(call.query.device)
-    tensors = (call.query, call.key, call.value, *(call.score.captures if call.score else ()))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return Result(*_Attention.apply(call, *tensors))
-    return forward(call)
+    if torch.is_grad_enabled():
+        tensors = (call.query, call.key, call.value, *(call.score.captures if call.score else ()))
+        if any(t.requires_grad for t in tensors):
+            return Result(*_Attention.apply(call, *tensors))
+    return kernels(call.query.device.type)[0](call)
 
 
-def kernels(device: torch.device) -> tuple[Forward, Backward]:
-    """The launchers of a device's forward and backward kernels."""
-    if device.type == "cpu":
+@cache
+def kernels(device: str) -> tuple[Forward, Backward]:
+    """The launchers of forward and backward kernels for a type of device."""
+    if device == "cpu":
         return launch_cpu.forward, launch_cpu_backward.backward
-    if device.type == "cuda":
+    if device == "cuda":
         from flexattn.runtime import launch_gpu  # not before it is needed: imports cost time
 
         return launch_gpu.forward, launch_gpu.backward
     raise DeviceError(message("No kernel for this device yet.", expected="cpu or cuda",
-                              got=str(device), remedy="move the tensors to the CPU"))
+                              got=device, remedy="move the tensors to the CPU"))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor | None, ...]:
-        result = kernels(call.query.device)[0](replace(call, want_lse=True))
+        result = kernels(call.query.device.type)[0](call._replace(want_lse=True))
         # Tensors are saved torch's way, which notices changes in place and lets hooks move them.
         ctx.call = call.with_tensors([_NOTHING] * len(call.tensors))
         ctx.save_for_backward(result.out, result.lse, *call.tensors)
@@ -62,7 +63,7 @@ class _Attention(torch.autograd.Function):
         call = ctx.call.with_tensors(tensors)
         d_lse = d_lse if call.want_lse else None
         with torch.no_grad():
-            grads = kernels(out.device)[1](call, Result(out, lse), d_out, d_lse)
+            grads = kernels(out.device.type)[1](call, Result(out, lse), d_out, d_lse)
         given = (grads.query, grads.key, grads.value, *grads.captures)
         if torch.is_grad_enabled():  # create_graph=True
             given = _Once.apply(len(given), *given, *tensors, d_out, d_lse)

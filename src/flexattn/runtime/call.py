@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from flexattn.block_mask import BlockMask
 from flexattn.trace import Mod
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A validated attention call.
 
     query [B, Hq, q_len, D], key [Bkv, Hkv, kv_len, D], value [Bkv, Hkv, kv_len, Dv] with Bkv in
@@ -30,7 +30,7 @@ class Call:
     block_mask: BlockMask | None = None
     want_lse: bool = False
     want_max_scores: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -42,13 +42,16 @@ class Call:
         """The same call of other tensors, in the order of `tensors`."""
         query, key, value, *captures = tensors
         own = len(self.score.captures) if self.score else 0
-        score = self.score and replace(self.score, captures=tuple(captures[:own]))
-        mask = self.mask and replace(self.mask, captures=tuple(captures[own:]))
-        return replace(self, query=query, key=key, value=value, score=score, mask=mask)
+        score = _with_captures(self.score, captures[:own])
+        mask = _with_captures(self.mask, captures[own:])
+        return self._replace(query=query, key=key, value=value, score=score, mask=mask)
 
 
-@dataclass(frozen=True)
-class Result:
+def _with_captures(mod: Mod | None, captures: Sequence[Tensor]) -> Mod | None:
+    return Mod(mod.graph, tuple(captures), mod.numbers) if mod and captures else mod
+
+
+class Result(NamedTuple):
     """out [B, Hq, q_len, Dv] in the query's dtype; lse (natural log), max_scores [B, Hq, q_len]
     in float32 (float64 for float64), None where not asked for."""
 
@@ -57,8 +60,7 @@ class Result:
     max_scores: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Gradients:
+class Gradients(NamedTuple):
     """Gradients in the shapes of the call's tensors; `captures` has one entry (or None) for each
     tensor of call.score.captures."""
 
@@ -71,6 +73,9 @@ class Gradients:
 def like_query(q: Tensor, value_dim: int) -> Tensor:
     """An output with the query's order of heads and positions in memory."""
     batch, heads, q_len, _ = q.shape
+    row, head = value_dim, q_len * value_dim
     if q.stride(1) < q.stride(2):
-        return q.new_empty(batch, q_len, heads, value_dim).transpose(1, 2)
-    return q.new_empty(batch, heads, q_len, value_dim)
+        row, head = heads * value_dim, value_dim
+    return torch.empty_strided((batch, heads, q_len, value_dim),
+                               (heads * q_len * value_dim, head, row, 1), dtype=q.dtype,
+                               device=q.device)

@@ -20,6 +20,8 @@ import torch
 
 from flexattn.compile_triton import Binary, Target
 
+# Of a launch, as the driver takes it: grid, block, bytes of shared memory; stream; attributes.
+_CONFIG = struct.Struct("<7I4xQQI4x")
 _SHARED_WITHOUT_ASKING = 48 * 1024
 _MAX_DYNAMIC_SHARED, _LOCAL_BYTES, _REGISTERS = 8, 3, 4  # attributes of a function
 
@@ -38,8 +40,8 @@ class _Driver:
                                          c_int)
         self.get_attribute = self._entry(library, f"{prefix}FuncGetAttribute", c_void_p, c_int,
                                          c_void_p)
-        self.launch = self._entry(library, "hipModuleLaunchKernel" if hip else "cuLaunchKernel",
-                                  c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p)
+        self.launch = self._module_launch(library) if hip else self._entry(
+            library, "cuLaunchKernelEx", *[c_void_p] * 4)  # few parameters: they cost time
         self.allocate = self._entry(library, "hipMalloc" if hip else "cuMemAlloc_v2", c_void_p,
                                     c_size_t)
         self.set_bytes = self._entry(library, "hipMemset" if hip else "cuMemsetD8_v2", c_void_p,
@@ -50,6 +52,17 @@ class _Driver:
         function = getattr(library, name)
         function.argtypes, function.restype = types, c_int
         return function
+
+    def _module_launch(self, library: Any) -> Any:
+        """HIP's launch, called as CUDA's is."""
+        entry = self._entry(library, "hipModuleLaunchKernel", c_void_p, *[c_uint] * 7, c_void_p,
+                            c_void_p, c_void_p)
+
+        def launch(config: Any, handle: Any, values: Any, extra: Any) -> int:
+            *sizes, stream, _, _ = _CONFIG.unpack(config)
+            return entry(handle, *sizes, stream, values, extra)
+
+        return launch
 
     def check(self, code: int, what: str) -> None:
         if code:
@@ -125,6 +138,7 @@ class Function:
         # (Hopper's TMA descriptors begin at 64 bytes of its constant bank, not of the block).
         start = ctypes.addressof(self._block)
         self._values = (c_void_p * len(places))(*(start + place for place in places))
+        self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._lock = Lock()
 
     def _check(self, code: int, what: str) -> None:
@@ -134,8 +148,9 @@ class Function:
         """values: one for each parameter; pointers as integers."""
         with self._lock:  # the driver copies the block before it returns
             self._struct.pack_into(self._block, 0, *values)
-            code = self._driver.launch(self._handle, *grid, self.binary.threads, 1, 1,
-                                       self.binary.shared, stream, self._values, None)
+            _CONFIG.pack_into(self._config, 0, *grid, self.binary.threads, 1, 1,
+                              self.binary.shared, stream, 0, 0)
+            code = self._driver.launch(self._config, self._handle, self._values, None)
         if code:
             self._check(code, "launching")
 

@@ -90,6 +90,25 @@ def tensors_of(values: Sequence[Any]) -> list[Tensor]:
             if isinstance(v, Tensor | Box)]
 
 
+# What a launch is given of a tensor: its address; the interpreter takes it as it is.
+pointer: Callable[[Tensor], Any] = (lambda tensor: tensor) if INTERPRETED else Tensor.data_ptr
+
+
+class Kernel:
+    """A kernel on a device, each launch of which is given a grid and the values of all
+    parameters, in order, pointers as `pointer` gives them."""
+
+    def __init__(self, key: str, device: torch.device, build: Callable[[], Source]) -> None:
+        self.function, self._build = function(key, device, build), build
+
+    def __call__(self, grid: Grid, values: list[Any], stream: int) -> None:
+        if self.function is None:
+            _interpret(self._build(), grid, values)
+        else:
+            values += [0] * (self.function.parameters - len(values))  # what Triton adds
+            self.function.launch(grid, values, stream)
+
+
 class Launch:
     """One kernel's launch. values: those of its parameters, in order, with tensors where it takes
     pointers and boxes where it takes descriptors; a call gives tensors in the same order."""

@@ -28,6 +28,7 @@ from flexattn.lower.triton_ops import Target
 from flexattn.runtime.call import Call
 from flexattn.trace import Mod
 
+_MOST_PROVEN = 4096
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -59,15 +60,13 @@ _codes: dict[tuple, ModCode] = {}
 
 def mod_code(call: Call, target: Target, with_gradient: bool = False) -> ModCode:
     """The code of the call's mods; found again for every call of which the same is proven."""
-    q, k = call.query.shape, call.key.shape
     score, mask = call.score, call.mask
-    lengths = {"b": q[0], "h": q[1], "q_idx": q[2], "kv_idx": k[2]}
     fast = call.query.dtype in (torch.float16, torch.bfloat16)
     taken = gradient(score.graph) if with_gradient and score is not None else None
     graph = _with_reads(taken) if taken else None
     of_gradient = Mod(graph, score.captures, score.numbers) if graph and score else None
-    facts = Facts(target, fast, bound_of(*lengths.values()), _facts(score, lengths),
-                  _facts(mask, lengths), _facts(of_gradient, lengths), report=not with_gradient)
+    facts = Facts(target, fast, *proven(call), _facts(of_gradient, _lengths(call)),
+                  report=not with_gradient)
     graphs = (score.graph if score else None, mask.graph if mask else None)
     key = (*graphs, facts, with_gradient)
     found = _codes.get(key)
@@ -77,6 +76,38 @@ def mod_code(call: Call, target: Target, with_gradient: bool = False) -> ModCode
             lower(*graphs, facts, graph), argument_fields(*graphs), argument_types(*graphs, facts),
             flag, graphs, taken, ctypes.c_int32.from_address(flag.data_ptr()))
     return found
+
+
+Proven = tuple[int, ModFacts, ModFacts]
+_proven: dict[tuple, tuple[Proven, Any]] = {}  # with the graphs by whose identity it is found
+
+
+def proven(call: Call) -> Proven:
+    """The bound of all indices, and what is proven of the score mod and of the mask mod."""
+    score, mask, q = call.score, call.mask, call.query.shape
+    key = (q[:3], call.key.shape[2], mod_key(score), mod_key(mask))
+    found = _proven.get(key)
+    if found is None:
+        if len(_proven) >= _MOST_PROVEN:
+            _proven.clear()
+        lengths = _lengths(call)
+        facts = (bound_of(*lengths.values()), _facts(score, lengths), _facts(mask, lengths))
+        found = _proven[key] = facts, (score and score.graph, mask and mask.graph)
+    return found[0]
+
+
+def mod_key(mod: Mod | None) -> tuple | None:
+    """What differs between mods besides what captured tensors hold."""
+    if mod is None:
+        return None
+    if not mod.captures:
+        return id(mod.graph), mod.numbers
+    return id(mod.graph), mod.numbers, *[(t.shape, t.stride()) for t in mod.captures]
+
+
+def _lengths(call: Call) -> dict[str, int]:
+    q = call.query.shape
+    return {"b": q[0], "h": q[1], "q_idx": q[2], "kv_idx": call.key.shape[2]}
 
 
 def _facts(mod: Mod | None, lengths: dict[str, int]) -> ModFacts:
@@ -102,27 +133,28 @@ def argument_values(code: ModCode, score: Mod | None, mask: Mod | None) -> list[
 
 def on_device(mod: Mod | None, device: torch.device) -> Mod | None:
     """The mod with 0-dimensional CPU tensors, which torch lets mods capture, on the device."""
-    if mod is None or all(t.device == device for t in mod.captures):
+    if mod is None or not mod.captures or all(t.device == device for t in mod.captures):
         return mod
     return Mod(mod.graph, tuple(t.to(device) for t in mod.captures), mod.numbers)
 
 
 # Reads out of range
 
-_watched: list[tuple[ModCode, Sequence[tuple[int, ...]]]] = []
+_watched: dict[int, tuple[ModCode, Sequence[tuple[int, ...]]]] = {}  # by the identity of code
 
 
 def watch(code: ModCode, score: Mod | None, mask: Mod | None) -> None:
-    """From now on, `check` looks at this code's flag."""
+    """From now on, `check` looks at this code's flag. The shapes it names are those of the call
+    prepared last."""
     shapes = [tuple(t.shape) for mod in (score, mask) if mod for t in mod.captures]
-    if shapes and not any(known is code for known, _ in _watched):
-        _watched.append((code, shapes))
+    if shapes:
+        _watched[id(code)] = code, shapes
 
 
 def check() -> None:
     """Raises what kernels that have finished reported; waits for nothing."""
     check_rooms()
-    for code, _ in _watched:
+    for code, _ in _watched.values():
         if code.reported:
             _raise(code)
 
@@ -136,7 +168,7 @@ def _raise(code: ModCode) -> None:
     loads = [n for n in graph.nodes if n.op is Op.LOAD]
     slot = loads[min(abs(number), len(loads)) - 1].attr
     first = len(code.graphs[0].captures) if role and code.graphs[0] else 0
-    shape = next(shapes for known, shapes in _watched if known is code)[first + slot]
+    shape = _watched[id(code)][1][first + slot]
     raise IndexOutOfRangeError(message(
         f"a {('score', 'mask')[role]}_mod reads captured tensor {slot} (shape {shape}) out of "
         "range at an attended position", expected="indices inside of the tensor",

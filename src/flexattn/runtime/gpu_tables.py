@@ -7,6 +7,8 @@ the mask, and with the runs where masks share them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flexattn.analysis.block_sparsity import RunTable
 from flexattn.block_mask import BlockMask
+from flexattn.runtime.gpu_launch import pointer
 
 Table = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -29,9 +32,13 @@ class Tables:
     batch: int
     heads: int
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.full, *self.partial)
+
+    @cached_property
+    def pointers(self) -> list[Any]:
+        return [pointer(t) for t in self.tensors]
 
 
 _made: WeakKeyDictionary[BlockMask, dict[tuple, Tables]] = WeakKeyDictionary()
@@ -39,7 +46,9 @@ _made: WeakKeyDictionary[BlockMask, dict[tuple, Tables]] = WeakKeyDictionary()
 
 def tables(mask: BlockMask, tile_q: int, tile_kv: int, by_columns: bool = False) -> Tables:
     """By rows of queries, or by columns of keys, of tiles of this size."""
-    known = _made.setdefault(mask, {})
+    known = _made.get(mask)
+    if known is None:
+        known = _made[mask] = {}
     key = (tile_q, tile_kv, by_columns, mask.mask_mod)
     found = known.get(key)
     if found is None:

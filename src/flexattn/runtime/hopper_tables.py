@@ -38,7 +38,9 @@ _made: WeakKeyDictionary[BlockMask, dict[tuple, HopperTable]] = WeakKeyDictionar
 
 def hopper_table(mask: BlockMask, tile_q: int, tile_kv: int, has_mask: bool) -> HopperTable:
     """Kept with the mask. has_mask: partial blocks have a mask_mod."""
-    known = _made.setdefault(mask, {})
+    known = _made.get(mask)
+    if known is None:
+        known = _made[mask] = {}
     key = (tile_q, tile_kv, has_mask, mask.mask_mod)
     found = known.get(key)
     if found is None:

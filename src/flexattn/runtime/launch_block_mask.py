@@ -11,7 +11,7 @@ analysis.interval_form), and more blocks than are worth looking at one by one.
 from __future__ import annotations
 
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ def _signed(facts: ModFacts, mod: Mod) -> ModFacts:
     """The facts, with numbers known to be positive where they are: most are, of all values."""
     ranges = [(1, r[1]) if r is not None and value > 0 else r
               for r, value in zip(facts.numbers, mod.numbers, strict=True)]
-    return replace(facts, numbers=tuple(ranges))
+    return facts._replace(numbers=tuple(ranges))
 
 
 def _tile_mod(form: IntervalForm, mod: Mod, grid: Grid, device: torch.device) -> Mod:

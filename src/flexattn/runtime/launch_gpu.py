@@ -31,7 +31,7 @@ from flexattn.runtime import (
 )
 from flexattn.runtime.call import Call, Gradients, Result
 from flexattn.runtime.gpu_launch import Prepared, PreparedBackward, Refusal, on
-from flexattn.trace import Mod
+from flexattn.runtime.gpu_mods import mod_key
 
 FORWARD: dict[str, Callable[[Call], Prepared | Refusal]] = {
     "triton decode": launch_triton_decode.prepare,
@@ -68,11 +68,10 @@ _backwards: dict[tuple, Choice] = {}
 def forward(call: Call) -> Result:
     """out, and lse and max_scores where wanted."""
     gpu_mods.check()
-    q = call.query
-    if not (q.numel() and call.value.numel()):
+    if not (call.query.numel() and call.value.numel()):
         return _nothing_attended(call)
-    with on(q.device):
-        return _run(call)
+    with on(call.query.device):
+        return _run(launch_triton.with_rows(call))
 
 
 def _run(call: Call) -> Result:
@@ -107,8 +106,15 @@ def backward_choice(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | N
 
 
 def choice(call: Call) -> Choice:
-    """The kernel of a call, prepared."""
-    key = _key(call)
+    """The kernel of a call with contiguous columns, prepared."""
+    if launch_triton_decode.decodes(call):
+        found = _found(launch_triton_decode.key(call), call)
+        if found.kernel == "triton decode":
+            return found
+    return _found(_key(call), call)
+
+
+def _found(key: tuple, call: Call) -> Choice:
     found = _choices.get(key)
     if found is None:
         if len(_choices) >= _MOST_PREPARED:
@@ -149,15 +155,9 @@ def _key(call: Call) -> tuple:
     q, k, v = call.query, call.key, call.value
     return (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype,
             q.get_device(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, call.scale,
-            call.want_lse, call.want_max_scores, _mod_key(call.score), _mod_key(call.mask),
+            call.want_lse, call.want_max_scores, mod_key(call.score), mod_key(call.mask),
             _mask_key(call), q.dtype is torch.float32
             and torch.get_float32_matmul_precision())
-
-
-def _mod_key(mod: Mod | None) -> tuple | None:
-    if mod is None:
-        return None
-    return id(mod.graph), mod.numbers, tuple((t.shape, t.stride()) for t in mod.captures)
 
 
 def _mask_key(call: Call) -> tuple | None:

@@ -112,7 +112,7 @@ def with_boxes(call: Call) -> Call:
     same = q is call.query and k is call.key and v is call.value
     if same and score is call.score and mask is call.mask:
         return call
-    return Call(**{**vars(call), "query": q, "key": k, "value": v, "score": score, "mask": mask})
+    return call._replace(query=q, key=k, value=v, score=score, mask=mask)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def _with_mods(call: Call) -> Call:
     score, mask = (on_device(mod, call.query.device) for mod in (call.score, call.mask))
     if score is call.score and mask is call.mask:
         return call
-    return Call(**{**vars(call), "score": score, "mask": mask})
+    return call._replace(score=score, mask=mask)
 
 
 @dataclass(frozen=True)

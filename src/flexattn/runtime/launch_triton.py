@@ -62,13 +62,16 @@ def prepare(call: Call) -> Prepared | Refusal:
 def with_rows(call: Call) -> Call:
     """The call with contiguous columns (a copy where they are not) and tensors of mods on its
     device."""
-    q, k, v = (t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
-               for t in (call.query, call.key, call.value))
-    score, mask = (on_device(mod, q.device) for mod in (call.score, call.mask))
-    same = q is call.query and k is call.key and v is call.value
-    if same and score is call.score and mask is call.mask:
+    q, k, v, score, mask = call.query, call.key, call.value, call.score, call.mask
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        q, k, v = (t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+                   for t in (q, k, v))
+    if score is not None or mask is not None:
+        score, mask = on_device(score, q.device), on_device(mask, q.device)
+    if (q is call.query and k is call.key and v is call.value and score is call.score
+            and mask is call.mask):
         return call
-    return Call(**{**vars(call), "query": q, "key": k, "value": v, "score": score, "mask": mask})
+    return call._replace(query=q, key=k, value=v, score=score, mask=mask)
 
 
 def _configs(call: Call, where: Any) -> tuple[TritonConfig, ...]:
@@ -127,9 +130,11 @@ def alignment(parameters: Any, dtype: torch.dtype) -> dict[tuple[int, ...], int]
 
 
 def is_aligned(*tensors: Tensor) -> bool:
-    return all(t.data_ptr() % 16 == 0 and
-               all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:3])
-               for t in tensors)
+    bits = 0
+    for t in tensors:
+        batches, heads, rows, _ = t.stride()
+        bits |= t.data_ptr() | (batches | heads | rows) * t.element_size()
+    return not bits & 15
 
 
 class _Forward:
@@ -172,7 +177,6 @@ class _Forward:
         return tables(call.block_mask, self.config.tile_q, self.config.tile_kv)
 
     def run(self, call: Call) -> Result:
-        call = with_rows(call)
         q = call.query
         out = like_query(q, call.value.shape[-1])
         lse, max_scores = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)

@@ -6,7 +6,8 @@ calls of many queries, and of several that fill the GPU without dealing out keys
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,23 +16,16 @@ from torch import Tensor
 from flexattn.compile_triton import Source, load
 from flexattn.kernels.decode_config import MOST_QUERIES, SHORT, decode_configs, number_of_splits
 from flexattn.kernels.triton_config import ForwardFacts, TritonConfig, chunk_of
-from flexattn.runtime.call import Call, Result
+from flexattn.runtime.call import Call, Result, like_query
 from flexattn.runtime.gpu_driver import Function, multiprocessors, shared_limit, target
-from flexattn.runtime.gpu_launch import TYPES, Launch, Prepared, Refusal, function, stream_of
-from flexattn.runtime.gpu_mods import (
-    INTERPRETED,
-    ModCode,
-    argument_values,
-    mod_code,
-    watch,
-)
-from flexattn.runtime.gpu_tables import Tables, tables
+from flexattn.runtime.gpu_launch import TYPES, Kernel, Prepared, Refusal, pointer, stream_of
+from flexattn.runtime.gpu_mods import INTERPRETED, ModCode, mod_code, proven, watch
+from flexattn.runtime.gpu_tables import tables
 from flexattn.runtime.launch_triton import (
     TABLE,
     TENSOR,
     alignment,
     is_aligned,
-    like_query,
     precision,
     with_rows,
 )
@@ -42,18 +36,35 @@ _INTERPRETED_AT_ONCE = 8
 _STEP = 32  # splits that `combine` reads at a time
 
 
+def decodes(call: Call) -> bool:
+    """Whether a call is one of few queries."""
+    q_len = call.query.shape[2]
+    return q_len <= SHORT or (q_len <= MOST_QUERIES and _would_idle(call))
+
+
+def key(call: Call) -> tuple:
+    """What calls that share a prepared one agree in: not in the length of the keys, in which
+    caches grow, nor in what changes with it. The call has contiguous columns."""
+    q, k, v, mask = call.query, call.key, call.value, call.block_mask
+    return ("decode", q.shape, q.stride(), k.shape[:2], v.shape[3], q.dtype, q.get_device(),
+            is_aligned(q, k, v), call.scale > 0, call.want_lse, call.want_max_scores,
+            None if call.score is None else id(call.score.graph),
+            None if call.mask is None else id(call.mask.graph), proven(call),
+            None if mask is None else mask.shape[1] > 1,
+            q.dtype is torch.float32 and torch.get_float32_matmul_precision())
+
+
 def prepare(call: Call) -> Prepared | Refusal:
     """The call with the first config whose kernel fits."""
-    q_len = call.query.shape[2]
-    if q_len > MOST_QUERIES or (q_len > SHORT and not _would_idle(call)):
-        return Refusal(f"{q_len} queries are no decoding")
+    if not decodes(call):
+        return Refusal(f"{call.query.shape[2]} queries are no decoding")
     call = with_rows(call)
     where = target(call.query.device.index) if call.query.is_cuda else None
     code = mod_code(call, where.backend if where else "interpreter")  # type: ignore[arg-type]
     too_large = []
     for config in _configs(call, where):
         prepared = _Decode(call, code, config)
-        if prepared.fits:
+        if prepared.fits(call.key.shape[2]):
             watch(code, call.score, call.mask)
             return prepared
         too_large.append(f"{config.tile_q}x{config.tile_kv}")
@@ -171,100 +182,93 @@ def _precision(q: Tensor) -> str:
 
 
 class _Decode:
-    """A prepared call."""
+    """Prepared for all calls of one `key`. How many splits there are follows the length of the
+    keys, and whether there is more than one says which kernels run: each is made when it is first
+    needed."""
 
     def __init__(self, call: Call, code: ModCode, config: TritonConfig) -> None:
         q, k, v = call.query, call.key, call.value
         self.config, self.code, self._device = config, code, q.device
-        self.facts = ForwardFacts(
+        facts = ForwardFacts(
             q.shape[-1], v.shape[-1], chunk_of(q.shape[-1]), chunk_of(v.shape[-1]),
             config.tile_q, config.tile_kv, sparse=call.block_mask is not None,
             fold=call.score is None and call.scale > 0, precision=_precision(q))
+        out = like_query(q[:, :, :0], v.shape[-1])
+        self._plan = DecodePlan(facts, code, config, q.dtype, is_aligned(q, k, v, out),
+                                call.want_lse, call.want_max_scores, split=True)
+        self._end = CombinePlan(v.shape[-1], q.dtype, call.want_lse, call.want_max_scores)
         self.pack = packed_heads(call)
-        lines = q.shape[0] * q.shape[1] // self.pack * -(-self.pack * q.shape[2] // config.tile_q)
-        tiles = -(-k.shape[2] // config.tile_kv)
-        self.splits = number_of_splits(lines, tiles, self._at_once(call, split=True))
-        self._first = self._attend(call, lines)
-        self._second = self._combine(call) if self.splits > 1 else None
+        self._tiles = q.shape[0] * q.shape[1] // self.pack * -(
+            -self.pack * q.shape[2] // config.tile_q)
+        self._lines, self._strides = q.shape[:3], q.stride()[:3]
+        self._rows = self._lines.numel()
+        self._mask_rows = SHORT if q.shape[2] <= SHORT else MOST_QUERIES
+        found = self._dealt.function
+        self._at_once = programs_at_once(found, q.device) if found else _INTERPRETED_AT_ONCE
+        self._flag = pointer(code.flag)
 
-    def _plan(self, call: Call, split: bool) -> DecodePlan:
-        out = like_query(call.query[:, :, :0], call.value.shape[-1])
-        return DecodePlan(self.facts, self.code, self.config, call.query.dtype,
-                          is_aligned(call.query, call.key, call.value, out), call.want_lse,
-                          call.want_max_scores, split)
+    @cached_property
+    def _alone(self) -> Kernel:
+        plan = replace(self._plan, split=False)
+        return Kernel(plan.key, self._device, plan.source)
 
-    def _at_once(self, call: Call, split: bool) -> int:
-        """Programs that the GPU runs at a time."""
-        plan = self._plan(call, split)
-        found = function(plan.key, call.query.device, plan.source)
-        if found is None:
-            return _INTERPRETED_AT_ONCE
-        return programs_at_once(found, call.query.device)
+    @cached_property
+    def _dealt(self) -> Kernel:
+        return Kernel(self._plan.key, self._device, self._plan.source)
 
-    def _attend(self, call: Call, lines: int) -> Launch:
-        q, k, v = call.query, call.key, call.value
-        plan = self._plan(call, self.splits > 1)
-        values: list[Any] = []
-        for t in (q, k, v):
-            values += [t, *t.stride()[:3]]
-        if self.splits > 1:
-            values.append(q)  # stands for the parts
-        else:
-            values += [q, *like_query(q, v.shape[-1]).stride()[:3]]
-            values += [q] * (call.want_lse + call.want_max_scores)
-        found = self._tables(call)
-        if found is not None:
-            values += found.tensors
-        values += [*q.shape[:3], k.shape[2], *k.shape[:2], self.pack, self.splits,
-                   *((found.batch, found.heads) if found else (1, 1)), call.scale,
-                   *argument_values(self.code, call.score, call.mask)]
-        return Launch(function(plan.key, q.device, plan.source), plan.source,
-                      (lines * self.splits, 1, 1), values)
+    @cached_property
+    def _combine(self) -> Kernel:
+        return Kernel(self._end.key, self._device, self._end.source)
 
-    def _combine(self, call: Call) -> Launch:
-        q, value_dim = call.query, call.value.shape[-1]
-        plan = CombinePlan(value_dim, q.dtype, call.want_lse, call.want_max_scores)
-        rows = q.shape[0] * q.shape[1] * q.shape[2]
-        values = [q, q, *like_query(q, value_dim).stride()[:3],
-                  *[q] * (call.want_lse + call.want_max_scores), rows, *q.shape[1:3], self.splits]
-        return Launch(function(plan.key, q.device, plan.source), plan.source,
-                      (rows, -(-value_dim // plan.columns), 1), values)
+    def fits(self, kv_len: int) -> bool:
+        """Whether shared memory holds what the kernel of so many keys needs."""
+        found = (self._dealt if self.splits(kv_len) > 1 else self._alone).function
+        return found is None or found.binary.shared <= shared_limit(self._device.index)
 
-    def _tables(self, call: Call) -> Tables | None:
-        if call.block_mask is None:
-            return None
-        tile_q = SHORT if call.query.shape[2] <= SHORT else MOST_QUERIES
-        return tables(call.block_mask, tile_q, self.config.tile_kv)
-
-    @property
-    def fits(self) -> bool:
-        binary = self._first.binary
-        return binary is None or binary.shared <= shared_limit(self._device.index)
+    def splits(self, kv_len: int) -> int:
+        """Into how many parts the keys are dealt out."""
+        return number_of_splits(self._tiles, -(-kv_len // self.config.tile_kv), self._at_once)
 
     def run(self, call: Call) -> Result:
-        call = with_rows(call)
         q = call.query
-        out = like_query(q, call.value.shape[-1])
-        lse, max_scores = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-                           if wanted else None for wanted in (call.want_lse, call.want_max_scores))
-        results = [out, *(t for t in (lse, max_scores) if t is not None)]
-        stream = stream_of(q)
-        if self._second is None:
-            self._first(self._arguments(call, results), stream)
+        out = like_query(q, self._end.value_dim)
+        results, lse, max_scores = [pointer(out), *out.stride()[:3]], None, None
+        if call.want_lse:
+            lse = self._floats(self._rows).view(self._lines)
+            results.append(pointer(lse))
+        if call.want_max_scores:
+            max_scores = self._floats(self._rows).view(self._lines)
+            results.append(pointer(max_scores))
+        stream, splits = stream_of(q), self.splits(call.key.shape[2])
+        grid = (self._tiles * splits, 1, 1)
+        if splits == 1:
+            self._alone(grid, self._values(call, results, 1), stream)
         else:
-            parts = torch.empty(out.numel() // out.shape[-1] * self.splits * (out.shape[-1] + 2),
-                                dtype=torch.float32, device=q.device)
-            self._first(self._arguments(call, [parts]), stream)
-            self._second([parts, *results], stream)
+            parts = self._floats(self._rows * splits * (self._end.value_dim + 2))
+            self._dealt(grid, self._values(call, [pointer(parts)], splits), stream)
+            self._combine((self._rows, -(-self._end.value_dim // self._end.columns), 1),
+                          [pointer(parts), *results, self._rows, *self._lines[1:], splits], stream)
         return Result(out, lse, max_scores)
 
-    def _arguments(self, call: Call, results: list[Tensor]) -> list[Tensor]:
-        found = self._tables(call)
-        tensors = [call.query, call.key, call.value, *results]
-        if found is not None:
-            tensors += found.tensors
-        tensors.append(self.code.flag)
+    def _floats(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=torch.float32, device=self._device)
+
+    def _values(self, call: Call, results: list[Any], splits: int) -> list[Any]:
+        """Of the parameters of `decode`."""
+        q, k, v = call.query, call.key, call.value
+        values = [pointer(q), *self._strides, pointer(k), *k.stride()[:3], pointer(v),
+                  *v.stride()[:3], *results]
+        blocks = (1, 1)
+        if call.block_mask is not None:
+            found = tables(call.block_mask, self._mask_rows, self.config.tile_kv)
+            blocks = found.batch, found.heads
+            values += found.pointers
+        kv_batch, kv_heads, kv_len, _ = k.shape
+        values += [*self._lines, kv_len, kv_batch, kv_heads, self.pack, splits, *blocks,
+                   call.scale, self._flag]
         for mod in (call.score, call.mask):
             if mod is not None:
-                tensors += mod.captures
-        return tensors
+                for t in mod.captures:
+                    values += [pointer(t), *t.shape, *t.stride()]
+                values += mod.numbers
+        return values

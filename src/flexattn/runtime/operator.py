@@ -100,7 +100,7 @@ def _of_lists(lists: Sequence[Tensor], sizes: Sequence[int], of_mask: Any) -> Bl
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     call = _call(query, key, value, *rest)
-    result = kernels(query.device)[0](call)
+    result = kernels(query.device.type)[0](call)
     assert result.lse is not None
     nothing = result.lse.new_empty(0)
     return result.out, result.lse, nothing if result.max_scores is None else result.max_scores
@@ -117,7 +117,7 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, runs: Any, sizes: A
 def _backward(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor,
               *inputs: Any) -> list[Tensor]:
     call = _call(*inputs)
-    grads = kernels(out.device)[1](call, Result(out, lse), d_out, d_lse)
+    grads = kernels(out.device.type)[1](call, Result(out, lse), d_out, d_lse)
     found = [grads.query, grads.key, grads.value]
     for capture, grad, needed in zip(call.score.captures if call.score else (), grads.captures,
                                      needs_gradient(inputs[7]), strict=True):

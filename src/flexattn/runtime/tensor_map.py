@@ -77,7 +77,11 @@ def has_tma(device: torch.device) -> bool:
 
 def takes(tensor: Tensor) -> bool:
     """Whether TMA can read the tensor as it lies in memory."""
+    *strides, columns = tensor.stride()
+    if columns != 1 or tensor.data_ptr() % 16:
+        return False
     size = tensor.element_size()
-    return (tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0
-            and all(length == 1 or (0 < stride * size < 1 << 40 and stride * size % 16 == 0)
-                    for stride, length in zip(tensor.stride()[:3], tensor.shape, strict=False)))
+    for stride, length in zip(strides, tensor.shape, strict=False):
+        if length != 1 and (not 0 < stride * size < 1 << 40 or stride * size % 16):
+            return False
+    return True

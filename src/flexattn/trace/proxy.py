@@ -121,8 +121,9 @@ class Tape:
         kinds: list[type | torch.dtype] = []
         for value in values:
             if type(value) is not Proxy:
-                value = value.item() if isinstance(value, np.generic) else value
-                if isinstance(value, NUMBERS):
+                if type(value) not in _NUMBER_DTYPES and isinstance(value, np.generic):
+                    value = value.item()
+                if type(value) in _NUMBER_DTYPES or isinstance(value, NUMBERS):
                     proxies.append(self.number(value))
                     kinds.append(python_type(value))
                     continue
