@@ -15,6 +15,7 @@ from flexattn.runtime.call import Call
 from flexattn.runtime.gpu_mods import mod_code
 from flexattn.runtime.launch_hopper import HopperPlan
 from flexattn.trace import specialize, trace_mask_mod, trace_score_mod
+from tests.kernels.ptx_flow import operands
 
 SLOPES, TABLE = torch.ones(4), torch.ones(4, 2048)
 DOCUMENT = torch.zeros(1024, dtype=torch.int32)
@@ -104,6 +105,16 @@ def test_machine_code(case, tmp_path):
     assert len(steps) == config.consumers * (2 if mask_mod else 1)
     for step in steps:
         check_step(step, config.tile_kv, score_mod is softcap)
+    if score_mod is None:
+        check_operands(binary.stages["ptx"], config.tile_kv // 16)
+
+
+def check_operands(ptx: str, products: int) -> None:
+    """P's registers are made of those of Q K^T, in the order in which tensor cores take them."""
+    found = operands(ptx)
+    assert found and len(found) % products == 0
+    for i, halves in enumerate(found):
+        assert halves == [{8 * (i % products) + j} for j in range(8)]
 
 
 def check_step(step: list[str], tile_kv: int, has_tanh: bool) -> None:
@@ -119,6 +130,8 @@ def check_step(step: list[str], tile_kv: int, has_tanh: bool) -> None:
     assert len(tangents) == (tile_kv // 2 if has_tanh else 0)
     assert all(first < i < last for i in tangents)
     assert all(i < first for i, line in enumerate(step) if "HGMMA" in line)
+    assert sum("PRMT" in line for line in step) < 8, "probabilities are packed twice"
+    assert sum("SHF." in line for line in step) < 8, "comparisons are packed into bits"
 
 
 def test_configs():

@@ -44,7 +44,10 @@ from flexattn.kernels.hopper_softmax import (
     column,
     first_softmax,
     next_softmax,
+    opaque,
+    packed,
     statistics,
+    unpacked,
 )
 
 
@@ -118,7 +121,8 @@ def _scores(s, mod, block, whole, kv_len, scale, KIND: gl.constexpr, C: gl.const
     column_parts = MODS.mod_columns(mod.batch, mod.head, kv_idx, mod.args, mod.parts[0])
     parts = (mod.parts[0], mod.parts[1], column_parts)
     if MODS.mask_mod is not None and KIND != FULL:
-        mask = MODS.mask_mod(mod.batch, mod.head, mod.q_idx, kv_idx, mod.args, parts)
+        # LLVM would compare many columns as one vector of bits, which a GPU does not have.
+        mask = MODS.mask_mod(mod.batch, mod.head, mod.q_idx, opaque(kv_idx), mod.args, parts)
         if KIND == FIRST:
             mask = mask | (whole != 0)
         attended = attended & mask
@@ -143,7 +147,7 @@ def _start_scores(part: gl.constexpr, stage, shared, C: gl.constexpr):
 
 
 @gluon.jit
-def _step(part: gl.constexpr, KIND: gl.constexpr, shared, stage, phase, o, p, top, total,
+def _step(part: gl.constexpr, KIND: gl.constexpr, shared, stage, phase, o, words, top, total,
           mod, kv_len, scale, to_base2, C: gl.constexpr, MODS: gl.constexpr):
     """One more block: its scores and softmax, and the product of the block before."""
     before = stage
@@ -151,6 +155,7 @@ def _step(part: gl.constexpr, KIND: gl.constexpr, shared, stage, phase, o, p, to
     mbarrier.wait(shared.k_full.index(stage), phase)
     await_turn(part)
     s = _start_scores(part, stage, shared, C)
+    p = unpacked(words, shared.v.dtype, gl.DotOperandLayout(0, _out_layout(C), 2))
     o = warpgroup_mma(p, shared.v.index(before), o, is_async=True)
     end_turn(part, C)
     block = get(shared.block, stage)
@@ -163,8 +168,7 @@ def _step(part: gl.constexpr, KIND: gl.constexpr, shared, stage, phase, o, p, to
     o, p = warpgroup_mma_wait(0, deps=(o, p))
     release_v(before, C)
     o = o * column(factor, o)
-    p = gl.convert_layout(probabilities.to(p.dtype), p.type.layout)
-    return stage, phase, o, p, top, total
+    return stage, phase, o, packed(probabilities, p.dtype), top, total
 
 
 @gluon.jit
@@ -182,21 +186,22 @@ def _attend(part: gl.constexpr, tile, shared, stage, phase, sizes, args, scale,
     kv_len = gl.where(tile.first < 0, 0, sizes.kv_len)
     s = _scores(s, mod, gl.maximum(tile.first, 0), tile.whole, kv_len, scale, FIRST, C, MODS)
     probabilities, top, total = first_softmax(s, to_base2)
-    p = gl.convert_layout(probabilities.to(shared.v.dtype), gl.DotOperandLayout(0, layout, 2))
+    words = packed(probabilities, shared.v.dtype)
     o = gl.full([QUERIES, C.value_dim], 0.0, gl.float32, layout)
     mbarrier.wait(shared.v_full.index(stage), phase)
 
     if MODS.mask_mod is not None:
         for _ in range(tile.partial):
-            stage, phase, o, p, top, total = _step(
-                part, PARTIAL, shared, stage, phase, o, p, top, total, mod, kv_len, scale,
+            stage, phase, o, words, top, total = _step(
+                part, PARTIAL, shared, stage, phase, o, words, top, total, mod, kv_len, scale,
                 to_base2, C, MODS)
     for _ in range(tile.full):
-        stage, phase, o, p, top, total = _step(
-            part, FULL, shared, stage, phase, o, p, top, total, mod, kv_len, scale, to_base2,
+        stage, phase, o, words, top, total = _step(
+            part, FULL, shared, stage, phase, o, words, top, total, mod, kv_len, scale, to_base2,
             C, MODS)
     release_q(C)
 
+    p = unpacked(words, shared.v.dtype, gl.DotOperandLayout(0, layout, 2))
     o = warpgroup_mma(p, shared.v.index(stage), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=(o,))
     release_v(stage, C)

@@ -5,6 +5,7 @@ of two rows), float32. Everything here stays inside a thread, but for the maximu
 is exchanged between the four threads that share it.
 """
 
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -20,6 +21,40 @@ _SAME = gl.constexpr("mov.b32 $0, $1;")
 def opaque(x):
     """The same 32 bits, of which the compiler knows nothing."""
     return gl.inline_asm_elementwise(_SAME, "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)
+
+
+_SAME = gl.constexpr("mov.b32 $0, $1;")
+_UNPACK = gl.constexpr("mov.b32 {$0, $1}, $2;")
+
+
+@gluon.jit
+def opaque(x):
+    """The same 32 bits, of which the compiler knows nothing."""
+    return gl.inline_asm_elementwise(_SAME, "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)
+
+
+@constexpr_function
+def _pack(dtype):
+    return f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def packed(p, dtype: gl.constexpr):
+    """Pairs of neighbours, rounded to 16 bits, as int32 [M, N / 2]: carried through a loop as 16
+    bits each, ptxas would swap the halves of every pair, and swap them back."""
+    asm: gl.constexpr = _pack(dtype)
+    low, high = gl.split(p.reshape([p.shape[0], p.shape[1] // 2, 2]))
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True,
+                                     pack=1)
+
+
+@gluon.jit
+def unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
+    """The same as a tile [M, N] in this layout."""
+    low, high = gl.inline_asm_elementwise(_UNPACK, "=h,=h,r", [words], dtype=(gl.int16, gl.int16),
+                                          is_pure=True, pack=1)
+    pairs = gl.join(low, high).to(dtype, bitcast=True)
+    return gl.convert_layout(pairs.reshape([words.shape[0], words.shape[1] * 2]), layout)
 
 
 @gluon.jit
@@ -81,6 +116,7 @@ def next_softmax(s, top, total, to_base2):
 @gluon.jit
 def statistics(top, total, to_base2):
     """Natural-log lse and the factor that normalises a row (0 where nothing was attended)."""
+    top = opaque(top)  # or its product is kept in a register through the loop
     row_total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
     empty = top == -float("inf")
     lse = gl.where(empty, top, (top * to_base2 + log2(row_total)) * LN2)
