@@ -23,7 +23,7 @@ from typing import Any
 from flexattn import compile
 
 FUNCTIONS = ("mod_head", "mod_rows", "mod_columns", "mask_mod", "score_mod", "score_mod_grad",
-             "grad_offsets")
+             "grad_offsets", "score_line")
 
 
 @dataclass(frozen=True)

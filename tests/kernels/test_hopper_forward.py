@@ -15,6 +15,7 @@ from flexattn.runtime.call import Call
 from flexattn.runtime.gpu_mods import mod_code
 from flexattn.runtime.launch_hopper import HopperPlan
 from flexattn.trace import specialize, trace_mask_mod, trace_score_mod
+from tests.kernels.ptx_flow import operands
 
 SLOPES, TABLE = torch.ones(4), torch.ones(4, 2048)
 DOCUMENT = torch.zeros(1024, dtype=torch.int32)
@@ -94,16 +95,29 @@ def loops(code: list[str]) -> list[list[str]]:
 def test_machine_code(case, tmp_path):
     score_mod, mask_mod, head_dim, value_dim, dtype, number = CASES[case]
     call = call_of(case)
-    config = forward_configs(head_dim, value_dim, score_mod is None)[number]
-    plan = HopperPlan(config, mod_code(call, "cuda"), dtype, mask_mod is not None, True, False)
+    code = mod_code(call, "cuda")
+    assert code.sloped == (score_mod is alibi)
+    config = forward_configs(head_dim, value_dim, score_mod is None or code.sloped)[number]
+    plan = HopperPlan(config, code, dtype, mask_mod is not None, True, False)
     binary = compiled(plan.source(), Target("cuda", 90, 32))
     assert binary.shared <= 227 << 10
-    code = machine_code(binary, tmp_path)
-    assert any("UTMALDG.4D" in line for line in code)
-    steps = [loop for loop in loops(code) if any("HGMMA" in line for line in loop)]
+    lines = machine_code(binary, tmp_path)
+    assert any("UTMALDG.4D" in line for line in lines)
+    steps = [loop for loop in loops(lines) if any("HGMMA" in line for line in loop)]
     assert len(steps) == config.consumers * (2 if mask_mod else 1)
     for step in steps:
         check_step(step, config.tile_kv, score_mod is softcap)
+        check_addresses(step)
+    if score_mod is None:
+        check_operands(binary.stages["ptx"], config.tile_kv // 16)
+
+
+def check_operands(ptx: str, products: int) -> None:
+    """P's registers are made of those of Q K^T, in the order in which tensor cores take them."""
+    found = operands(ptx)
+    assert found and len(found) % products == 0
+    for i, halves in enumerate(found):
+        assert halves == [{8 * (i % products) + j} for j in range(8)]
 
 
 def check_step(step: list[str], tile_kv: int, has_tanh: bool) -> None:
@@ -119,6 +133,15 @@ def check_step(step: list[str], tile_kv: int, has_tanh: bool) -> None:
     assert len(tangents) == (tile_kv // 2 if has_tanh else 0)
     assert all(first < i < last for i in tangents)
     assert all(i < first for i, line in enumerate(step) if "HGMMA" in line)
+    assert sum("PRMT" in line for line in step) < 8, "probabilities are packed twice"
+    shifts = [line for line in step if re.search(r"\bSHF\b", line)]
+    assert len(shifts) < 8, "comparisons are packed into bits"
+
+
+def check_addresses(step: list[str]) -> None:
+    """What is read for each score lies at a constant distance from what is read for the first, and
+    positions are not converted for each column."""
+    assert sum(bool(re.search(r"\b(LEA|I2FP)\b", line)) for line in step) < 8
 
 
 def test_configs():

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 class ForwardConfig:
     """What a kernel is compiled for.
 
-    consumers: warpgroups, of 64 queries each. head_chunks x head_chunk columns of q and k,
-    value_dim columns of v: what TMA fills, with zeros beyond the tensor's. fold_scale: there is no
-    score mod, and the (positive) scale is part of the exponent's factor.
+    consumers: warpgroups, of 64 queries each. q_stages: buffers of queries, 2 where the next tile's
+    come while this one's are used. head_chunks x head_chunk columns of q and k,
+    value_dim columns of v: what TMA fills, with zeros beyond the tensor's. fold_scale: the
+    (positive) scale is part of the exponent's factor: there is no score mod, or a line over the
+    keys. polynomial_every: of so many exponentials one is computed without the special-function
+    unit (0: none).
     """
 
     consumers: int
@@ -26,6 +29,8 @@ class ForwardConfig:
     tile_kv: int
     stages: int
     fold_scale: bool = True
+    q_stages: int = 1
+    polynomial_every: int = 0
 
     @property
     def tile_q(self) -> int:
@@ -50,14 +55,15 @@ class ForwardConfig:
         return 24 if self.consumers == 2 else 32
 
 
-# (head_chunks, head_chunk, value_dim) -> (consumers, tile_kv, stages) by preference. Tensor cores
-# multiply by powers of two of values' columns; 96 and 192 columns of q and k are three chunks.
-_TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int], ...]] = {
-    (1, 64, 64): ((3, 128, 3), (2, 128, 3), (2, 64, 3)),
-    (3, 32, 128): ((2, 128, 2), (2, 64, 3)),
-    (1, 128, 128): ((2, 128, 2), (2, 64, 3)),
-    (3, 64, 128): ((2, 128, 2), (2, 64, 3)),
-    (1, 256, 256): ((2, 64, 2),),
+# (head_chunks, head_chunk, value_dim) -> (consumers, tile_kv, stages, q_stages) by preference.
+# Tensor cores multiply by powers of two of values' columns; 96 and 192 columns of q and k are three
+# chunks.
+_TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
+    (1, 64, 64): ((3, 128, 3, 2), (2, 128, 3, 2), (2, 64, 3, 2)),
+    (3, 32, 128): ((2, 128, 2, 2), (2, 64, 3, 2)),
+    (1, 128, 128): ((2, 128, 2, 2), (2, 64, 3, 2)),
+    (3, 64, 128): ((2, 128, 2, 1), (2, 64, 3, 1)),
+    (1, 256, 256): ((2, 64, 2, 1),),
 }
 
 
@@ -68,6 +74,7 @@ def forward_configs(head_dim: int, value_dim: int, fold_scale: bool,
     for (chunks, chunk, values), tiles in _TILES.items():
         if chunks * chunk >= head_dim and values >= value_dim:
             return tuple(ForwardConfig(consumers, chunks, chunk, values, tile_kv, stages,
-                                       fold_scale) for consumers, tile_kv, stages in tiles
+                                       fold_scale, q_stages)
+                         for consumers, tile_kv, stages, q_stages in tiles
                          if consumers < 3 or not crowded)
     return ()

@@ -41,10 +41,14 @@ from flexattn.kernels.hopper_pipeline import (
 )
 from flexattn.kernels.hopper_softmax import (
     LOG2E,
+    add_line,
     column,
     first_softmax,
     next_softmax,
+    opaque,
+    packed,
     statistics,
+    unpacked,
 )
 
 
@@ -94,6 +98,12 @@ def _store_layout(C):
         [[16, 0], [32, 0]], [], [QUERIES, C.value_dim])
 
 
+@constexpr_function
+def _has_line(C, MODS):
+    """Whether the score mod is a line over the keys, whose scores are as the products are."""
+    return C.fold_scale and MODS.score_mod is not None
+
+
 @gluon.jit
 def _mod_of_tile(tile, first_row, sizes, args, C: gl.constexpr, MODS: gl.constexpr) -> Mod:
     rows: gl.constexpr = gl.SliceLayout(1, _scores_layout(C))
@@ -105,70 +115,89 @@ def _mod_of_tile(tile, first_row, sizes, args, C: gl.constexpr, MODS: gl.constex
 
 
 @gluon.jit
-def _scores(s, mod, block, whole, kv_len, scale, KIND: gl.constexpr, C: gl.constexpr,
-            MODS: gl.constexpr):
-    """Products -> scores; -inf where not attended."""
-    columns: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    kv_idx = block * C.tile_kv + gl.arange(0, C.tile_kv, layout=columns)
+def _columns(mod, block, kv_len, KIND: gl.constexpr, C: gl.constexpr, MODS: gl.constexpr):
+    """Keys of a block, which of them there are, and what the mod needs of them: all that can be
+    had before the products are."""
+    layout: gl.constexpr = gl.SliceLayout(0, _scores_layout(C))
+    kv_idx = block * C.tile_kv + gl.arange(0, C.tile_kv, layout=layout)
     kv_idx = gl.expand_dims(kv_idx, 0)
-    attended = True
+    inside = True
     if KIND == FIRST:
-        attended = kv_idx < kv_len
+        inside = kv_idx < kv_len
         kv_idx = gl.minimum(kv_idx, gl.maximum(kv_len - 1, 0))
-    column_parts = MODS.mod_columns(mod.batch, mod.head, kv_idx, mod.args, mod.parts[0])
-    parts = (mod.parts[0], mod.parts[1], column_parts)
-    if MODS.mask_mod is not None and KIND != FULL:
-        mask = MODS.mask_mod(mod.batch, mod.head, mod.q_idx, kv_idx, mod.args, parts)
-        if KIND == FIRST:
-            mask = mask | (whole != 0)
-        attended = attended & mask
-    if not C.fold_scale:
-        s = s * (scale * MODS.score_scale)
-    if MODS.score_mod is not None:
-        s = MODS.score_mod(s, mod.batch, mod.head, mod.q_idx, kv_idx, attended, mod.args, parts)
-    if KIND != FULL:
-        s = gl.where(attended, s, -float("inf"))
-    return s
+    return kv_idx, inside, MODS.mod_columns(mod.batch, mod.head, kv_idx, mod.args, mod.parts[0])
 
 
 @gluon.jit
-def _start_scores(part: gl.constexpr, stage, shared, C: gl.constexpr):
+def _scores(s, mod, block, columns, whole, scale, KIND: gl.constexpr, C: gl.constexpr,
+            MODS: gl.constexpr):
+    """Products -> scores, -inf where not attended, and what is still to be added to those of a
+    thread (0 without a line)."""
+    kv_idx, inside, column_parts = columns
+    parts = (mod.parts[0], mod.parts[1], column_parts)
+    mask = True
+    line = 0.0
+    if MODS.mask_mod is not None and KIND != FULL:
+        # LLVM would compare many columns as one vector of bits, which a GPU does not have.
+        mask = MODS.mask_mod(mod.batch, mod.head, mod.q_idx, opaque(kv_idx), mod.args, parts)
+    if not C.fold_scale:
+        s = s * (scale * MODS.score_scale)
+    if MODS.score_mod is not None and not C.fold_scale:
+        attended = inside & (mask | (whole != 0))
+        s = MODS.score_mod(s, mod.batch, mod.head, mod.q_idx, kv_idx, attended, mod.args, parts)
+    if _has_line(C, MODS):
+        slope, origin = MODS.score_line(mod.batch, mod.head, mod.q_idx, mod.args, parts)
+        s, line = add_line(s, slope / scale, block * C.tile_kv, origin)
+    if KIND == PARTIAL:
+        s = gl.where(mask, s, -float("inf"))
+    if KIND == FIRST:
+        masked = (whole == 0) if MODS.mask_mod is not None else False
+        if masked:
+            s = gl.where(mask, s, -float("inf"))
+        s = gl.where(inside, s, -float("inf"))
+    return s, line
+
+
+@gluon.jit
+def _start_scores(part: gl.constexpr, place, stage, shared, C: gl.constexpr):
     """Q K^T of the block of keys in this buffer."""
     s = gl.full([QUERIES, C.tile_kv], 0.0, gl.float32, _scores_layout(C))
     for chunk in gl.static_range(gl.constexpr(C.head_chunks)):
-        q = shared.q.index(part * C.head_chunks + chunk)
+        q = shared.q.index((place * C.consumers + part) * C.head_chunks + chunk)
         k = shared.k.index(stage * C.head_chunks + chunk).permute((1, 0))
         s = warpgroup_mma(q, k, s, use_acc=chunk > 0, is_async=True)
     return s
 
 
 @gluon.jit
-def _step(part: gl.constexpr, KIND: gl.constexpr, shared, stage, phase, o, p, top, total,
+def _step(part: gl.constexpr, KIND: gl.constexpr, shared, place, stage, phase, o, words, top, total,
           mod, kv_len, scale, to_base2, C: gl.constexpr, MODS: gl.constexpr):
     """One more block: its scores and softmax, and the product of the block before."""
     before = stage
-    stage, phase = next_place(stage, phase, C)
+    stage, phase = next_place(stage, phase, C.stages)
     mbarrier.wait(shared.k_full.index(stage), phase)
     await_turn(part)
-    s = _start_scores(part, stage, shared, C)
+    s = _start_scores(part, place, stage, shared, C)
+    p = unpacked(words, shared.v.dtype, gl.DotOperandLayout(0, _out_layout(C), 2))
     o = warpgroup_mma(p, shared.v.index(before), o, is_async=True)
     end_turn(part, C)
     block = get(shared.block, stage)
+    columns = _columns(mod, block, kv_len, KIND, C, MODS)
     s = warpgroup_mma_wait(1, deps=(s,))
     release_k(stage, C)
-    s = _scores(s, mod, block, 0, kv_len, scale, KIND, C, MODS)
-    probabilities, top, total, factor = next_softmax(s, top, total, to_base2)
+    s, line = _scores(s, mod, block, columns, 0, scale, KIND, C, MODS)
+    probabilities, top, total, factor = next_softmax(s, top, total, to_base2, line,
+                                                     _has_line(C, MODS), C.polynomial_every)
     # This wait also ends a basic block: without it ptxas moves the wait for P V above the softmax.
     mbarrier.wait(shared.v_full.index(stage), phase)
     o, p = warpgroup_mma_wait(0, deps=(o, p))
     release_v(before, C)
     o = o * column(factor, o)
-    p = gl.convert_layout(probabilities.to(p.dtype), p.type.layout)
-    return stage, phase, o, p, top, total
+    return stage, phase, o, packed(probabilities, p.dtype), top, total
 
 
 @gluon.jit
-def _attend(part: gl.constexpr, tile, shared, stage, phase, sizes, args, scale,
+def _attend(part: gl.constexpr, tile, shared, place, stage, phase, sizes, args, scale,
             to_base2, C: gl.constexpr, MODS: gl.constexpr):
     """All blocks of a tile of queries: output (not normalised), maxima and partial sums."""
     layout: gl.constexpr = _out_layout(C)
@@ -176,31 +205,35 @@ def _attend(part: gl.constexpr, tile, shared, stage, phase, sizes, args, scale,
     mod = _mod_of_tile(tile, first_row, sizes, args, C, MODS)
 
     mbarrier.wait(shared.k_full.index(stage), phase)
-    s = _start_scores(part, stage, shared, C)
+    s = _start_scores(part, place, stage, shared, C)
+    kv_len = gl.where(tile.first < 0, 0, sizes.kv_len)
+    block = gl.maximum(tile.first, 0)
+    columns = _columns(mod, block, kv_len, FIRST, C, MODS)
     s = warpgroup_mma_wait(0, deps=(s,))
     release_k(stage, C)
-    kv_len = gl.where(tile.first < 0, 0, sizes.kv_len)
-    s = _scores(s, mod, gl.maximum(tile.first, 0), tile.whole, kv_len, scale, FIRST, C, MODS)
-    probabilities, top, total = first_softmax(s, to_base2)
-    p = gl.convert_layout(probabilities.to(shared.v.dtype), gl.DotOperandLayout(0, layout, 2))
+    s, line = _scores(s, mod, block, columns, tile.whole, scale, FIRST, C, MODS)
+    probabilities, top, total = first_softmax(s, to_base2, line, _has_line(C, MODS),
+                                              C.polynomial_every)
+    words = packed(probabilities, shared.v.dtype)
     o = gl.full([QUERIES, C.value_dim], 0.0, gl.float32, layout)
     mbarrier.wait(shared.v_full.index(stage), phase)
 
     if MODS.mask_mod is not None:
         for _ in range(tile.partial):
-            stage, phase, o, p, top, total = _step(
-                part, PARTIAL, shared, stage, phase, o, p, top, total, mod, kv_len, scale,
-                to_base2, C, MODS)
+            stage, phase, o, words, top, total = _step(
+                part, PARTIAL, shared, place, stage, phase, o, words, top, total, mod, kv_len,
+                scale, to_base2, C, MODS)
     for _ in range(tile.full):
-        stage, phase, o, p, top, total = _step(
-            part, FULL, shared, stage, phase, o, p, top, total, mod, kv_len, scale, to_base2,
-            C, MODS)
-    release_q(C)
+        stage, phase, o, words, top, total = _step(
+            part, FULL, shared, place, stage, phase, o, words, top, total, mod, kv_len, scale,
+            to_base2, C, MODS)
+    release_q(place, C)
 
+    p = unpacked(words, shared.v.dtype, gl.DotOperandLayout(0, layout, 2))
     o = warpgroup_mma(p, shared.v.index(stage), o, is_async=True)
     o = warpgroup_mma_wait(0, deps=(o,))
     release_v(stage, C)
-    stage, phase = next_place(stage, phase, C)
+    stage, phase = next_place(stage, phase, C.stages)
     return stage, phase, o, top, total
 
 
@@ -242,16 +275,17 @@ def _consume(part: gl.constexpr, shared, results, sizes, args, scale, C: gl.cons
         end_turn(part, C)
     stage = 0
     phase = 0
+    place = 0
     tile_phase = 0
     mbarrier.wait(shared.q_full.index(0), 0)
-    tile = announced(shared)
+    tile = announced(shared, place)
     while tile.batch >= 0:
-        stage, phase, o, top, total = _attend(part, tile, shared, stage, phase, sizes, args,
+        stage, phase, o, top, total = _attend(part, tile, shared, place, stage, phase, sizes, args,
                                               scale, to_base2, C, MODS)
         _store(part, tile, o, top, total, results, sizes, unit, to_base2, C)
-        tile_phase ^= 1
-        mbarrier.wait(shared.q_full.index(0), tile_phase)
-        tile = announced(shared)
+        place, tile_phase = next_place(place, tile_phase, C.q_stages)
+        mbarrier.wait(shared.q_full.index(place), tile_phase)
+        tile = announced(shared, place)
 
 
 @gluon.jit

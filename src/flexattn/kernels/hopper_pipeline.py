@@ -83,6 +83,7 @@ QUERIES = gl.constexpr(64)  # of a consumer
 
 # Named barriers: 16 exist, of which Triton uses the lowest
 
+_SECOND_Q_EMPTY = gl.constexpr(5)
 _TURN = gl.constexpr(6)  # .. 8: consumers take turns
 _V_EMPTY = gl.constexpr(9)  # .. 11: one per stage
 _K_EMPTY = gl.constexpr(12)  # .. 14
@@ -116,8 +117,13 @@ def end_turn(part: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def release_q(C: gl.constexpr):
-    named_barrier("arrive", _Q_EMPTY, C.release_threads)
+def _q_empty(place):
+    return _Q_EMPTY - (_Q_EMPTY - _SECOND_Q_EMPTY) * place
+
+
+@gluon.jit
+def release_q(place, C: gl.constexpr):
+    named_barrier("arrive", _q_empty(place), C.release_threads)
 
 
 @gluon.jit
@@ -133,7 +139,8 @@ def release_v(stage, C: gl.constexpr):
 @gluon.jit
 def release_all(C: gl.constexpr):
     """All buffers are free at the start."""
-    release_q(C)
+    for place in gl.static_range(gl.constexpr(C.q_stages)):
+        release_q(place, C)
     for stage in gl.static_range(gl.constexpr(C.stages)):
         release_k(stage, C)
         release_v(stage, C)
@@ -145,7 +152,7 @@ def allocate(q_desc, k_desc, v_desc, C: gl.constexpr) -> Shared:
     mbarriers: gl.constexpr = mbarrier.MBarrierLayout()
     words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q = gl.allocate_shared_memory(
-        dtype, [C.consumers * C.head_chunks, QUERIES, C.head_chunk],
+        dtype, [C.q_stages * C.consumers * C.head_chunks, QUERIES, C.head_chunk],
         gl.NVMMASharedLayout.get_default_for([QUERIES, C.head_chunk], dtype))
     k = gl.allocate_shared_memory(
         dtype, [C.stages * C.head_chunks, C.tile_kv, C.head_chunk],
@@ -153,14 +160,15 @@ def allocate(q_desc, k_desc, v_desc, C: gl.constexpr) -> Shared:
     v = gl.allocate_shared_memory(
         dtype, [C.stages, C.tile_kv, C.value_dim],
         gl.NVMMASharedLayout.get_default_for([C.tile_kv, C.value_dim], dtype))
-    q_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarriers)
+    q_full = gl.allocate_shared_memory(gl.int64, [C.q_stages, 1], mbarriers)
     k_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarriers)
     v_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarriers)
-    mbarrier.init(q_full.index(0), count=1)
+    for place in gl.static_range(gl.constexpr(C.q_stages)):
+        mbarrier.init(q_full.index(place), count=1)
     for stage in gl.static_range(gl.constexpr(C.stages)):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
-    tile = gl.allocate_shared_memory(gl.int32, [8, 1], words)
+    tile = gl.allocate_shared_memory(gl.int32, [8 * C.q_stages, 1], words)
     block = gl.allocate_shared_memory(gl.int32, [C.stages, 1], words)
     return Shared(q, k, v, q_full, k_full, v_full, tile, block)
 
@@ -179,10 +187,10 @@ def get(memory, index):
 
 
 @gluon.jit
-def next_place(stage, phase, C: gl.constexpr):
-    """Of a ring of C.stages buffers."""
+def next_place(stage, phase, stages: gl.constexpr):
+    """Of a ring of so many buffers."""
     stage += 1
-    last = stage == C.stages
+    last = stage == stages
     return gl.where(last, 0, stage), phase ^ last.to(gl.int32)
 
 
@@ -211,22 +219,24 @@ def _tile_of(number, sizes, table, C: gl.constexpr) -> Tile:
 
 
 @gluon.jit
-def _announce(tile, shared):
-    _put(shared.tile, 0, tile.batch)
-    _put(shared.tile, 1, tile.head)
-    _put(shared.tile, 2, tile.row)
-    _put(shared.tile, 3, tile.first)
-    _put(shared.tile, 4, tile.whole)
-    _put(shared.tile, 5, tile.partial)
-    _put(shared.tile, 6, tile.full)
+def _announce(tile, place, shared):
+    at = 8 * place
+    _put(shared.tile, at, tile.batch)
+    _put(shared.tile, at + 1, tile.head)
+    _put(shared.tile, at + 2, tile.row)
+    _put(shared.tile, at + 3, tile.first)
+    _put(shared.tile, at + 4, tile.whole)
+    _put(shared.tile, at + 5, tile.partial)
+    _put(shared.tile, at + 6, tile.full)
 
 
 @gluon.jit
-def announced(shared) -> Tile:
-    """What the producer said of the tile that consumers have now."""
-    return Tile(get(shared.tile, 0), get(shared.tile, 1), get(shared.tile, 2),
-                get(shared.tile, 3), get(shared.tile, 4), 0,
-                get(shared.tile, 5), get(shared.tile, 6))
+def announced(shared, place) -> Tile:
+    """What the producer said of the tile whose queries are there."""
+    at = 8 * place
+    return Tile(get(shared.tile, at), get(shared.tile, at + 1), get(shared.tile, at + 2),
+                get(shared.tile, at + 3), get(shared.tile, at + 4), 0,
+                get(shared.tile, at + 5), get(shared.tile, at + 6))
 
 
 @gluon.jit
@@ -236,15 +246,16 @@ def _load(desc, batch, head, row, column, full, memory):
 
 
 @gluon.jit
-def _load_q(desc, tile, shared, C: gl.constexpr):
+def _load_q(desc, tile, place, shared, C: gl.constexpr):
     """All rows and chunks of a tile of queries; consumers may read what was announced."""
-    full = shared.q_full.index(0)
+    full = shared.q_full.index(place)
     boxes: gl.constexpr = C.consumers * C.head_chunks
     mbarrier.expect(full, boxes * desc.block_type.nbytes)
     for part in gl.static_range(gl.constexpr(C.consumers)):
         for chunk in gl.static_range(gl.constexpr(C.head_chunks)):
             _load(desc, tile.batch, tile.head, tile.row * C.tile_q + part * QUERIES,
-                  chunk * C.head_chunk, full, shared.q.index(part * C.head_chunks + chunk))
+                  chunk * C.head_chunk, full,
+                  shared.q.index(place * boxes + part * C.head_chunks + chunk))
 
 
 @gluon.jit
@@ -294,26 +305,30 @@ def produce(q_desc, k_desc, v_desc, counter, sizes, table, shared, C: gl.constex
     tiles = sizes.batches * sizes.heads * sizes.row_tiles
     number = gl.program_id(0)
     stage = 0
+    place = 0
     while number < tiles:
         tile = _tile_of(number, sizes, table, C)
         batch = tile.batch * sizes.kv_batches
         head = tile.head // sizes.kv_group
-        named_barrier("sync", _Q_EMPTY, C.release_threads)
-        _announce(tile, shared)
-        _load_q(q_desc, tile, shared, C)
+        named_barrier("sync", _q_empty(place), C.release_threads)
+        _announce(tile, place, shared)
+        _load_q(q_desc, tile, place, shared, C)
+        place = gl.where(place == C.q_stages - 1, 0, place + 1)
         stage = _load_kv(k_desc, v_desc, batch, head, gl.maximum(tile.first, 0), stage, shared, C)
         # Slow, so it comes after the first loads.
         number = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
         stage = _load_runs(k_desc, v_desc, batch, head, tile, table, stage, shared, C)
-    _finish(counter, shared, C)
+    _finish(place, counter, shared, C)
 
 
 @gluon.jit
-def _finish(counter, shared, C: gl.constexpr):
+def _finish(place, counter, shared, C: gl.constexpr):
     """Tells the consumers that no tile is left, waits for them, and resets the counter."""
-    named_barrier("sync", _Q_EMPTY, C.release_threads)
-    _put(shared.tile, 0, -1)
-    mbarrier.arrive(shared.q_full.index(0), count=1)
+    named_barrier("sync", _q_empty(place), C.release_threads)
+    _put(shared.tile, 8 * place, -1)
+    mbarrier.arrive(shared.q_full.index(place), count=1)
+    for _ in gl.static_range(gl.constexpr(C.q_stages - 1)):
+        named_barrier("sync", _q_empty(1 - place), C.release_threads)
     for stage in gl.static_range(gl.constexpr(C.stages)):
         named_barrier("sync", _K_EMPTY + stage, C.release_threads)
         named_barrier("sync", _V_EMPTY + stage, C.release_threads)

@@ -5,6 +5,7 @@ of two rows), float32. Everything here stays inside a thread, but for the maximu
 is exchanged between the four threads that share it.
 """
 
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -13,7 +14,9 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 _EX2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
 _LG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
+_COEFFICIENTS = ("3F317AFD", "3E780627", "3D61510C")  # float32 0.6932829, 0.2422110, 0.0550089
 _SAME = gl.constexpr("mov.b32 $0, $1;")
+_UNPACK = gl.constexpr("mov.b32 {$0, $1}, $2;")
 
 
 @gluon.jit
@@ -22,9 +25,68 @@ def opaque(x):
     return gl.inline_asm_elementwise(_SAME, "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)
 
 
+@constexpr_function
+def _pack(dtype):
+    return f"cvt.rn.{'bf16' if dtype == gl.bfloat16 else 'f16'}x2.f32 $0, $2, $1;"
+
+
+@gluon.jit
+def packed(p, dtype: gl.constexpr):
+    """Pairs of neighbours, rounded to 16 bits, as int32 [M, N / 2]: carried through a loop as 16
+    bits each, ptxas would swap the halves of every pair, and swap them back."""
+    asm: gl.constexpr = _pack(dtype)
+    low, high = gl.split(p.reshape([p.shape[0], p.shape[1] // 2, 2]))
+    return gl.inline_asm_elementwise(asm, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True,
+                                     pack=1)
+
+
+@gluon.jit
+def unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
+    """The same as a tile [M, N] in this layout."""
+    low, high = gl.inline_asm_elementwise(_UNPACK, "=h,=h,r", [words], dtype=(gl.int16, gl.int16),
+                                          is_pure=True, pack=1)
+    pairs = gl.join(low, high).to(dtype, bitcast=True)
+    return gl.convert_layout(pairs.reshape([words.shape[0], words.shape[1] * 2]), layout)
+
+
 @gluon.jit
 def exp2(x):
     return gl.inline_asm_elementwise(_EX2, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@constexpr_function
+def _polynomial(result, x):
+    """2^x for x <= 0 without the special-function unit: 2^n by its bits times a polynomial of the
+    rest, |x - n| <= 1/2, within 1e-4 of it. Exact for whole x, 0 from -127 on, NaN for NaN."""
+    c1, c2, c3 = (f"0f{bits}" for bits in _COEFFICIENTS)
+    return (f"{{.reg .f32 x, t, n, f, p; .reg .b32 b; max.NaN.f32 x, {x}, 0fC2FE0000;"
+            f" add.rn.f32 t, x, 0f4B400000; sub.rn.f32 n, t, 0f4B400000; sub.rn.f32 f, x, n;"
+            f" fma.rn.f32 p, f, {c3}, {c2}; fma.rn.f32 p, p, f, {c1};"
+            f" fma.rn.f32 p, p, f, 0f3F800000; mov.b32 b, t; shl.b32 b, b, 23;"
+            f" add.s32 b, b, 0x3F800000; mov.b32 n, b; mul.rn.f32 {result}, p, n;}}")
+
+
+@constexpr_function
+def _mixed(every):
+    """Of so many numbers, the last one by the polynomial."""
+    last = every - 1
+    return " ".join([*(f"ex2.approx.ftz.f32 ${i}, ${every + i};" for i in range(last)),
+                     _polynomial(f"${last}", f"${every + last}")])
+
+
+@constexpr_function
+def _operands(every):
+    return ",".join(["=f"] * every + ["f"] * every)
+
+
+@gluon.jit
+def exp2_not_above_1(x, EVERY: gl.constexpr):
+    """exp2 of numbers that are not positive; of every so many, one by a polynomial (0: none)."""
+    if EVERY == 0:
+        return exp2(x)
+    else:
+        return gl.inline_asm_elementwise(_mixed(EVERY), _operands(EVERY), [x], dtype=gl.float32,
+                                         is_pure=True, pack=EVERY)
 
 
 @gluon.jit
@@ -39,11 +101,37 @@ def column(x, tile):
 
 
 @gluon.jit
-def _row_max(s):
+def _row_max(s, line, LINE: gl.constexpr):
     """First within a thread, in two chains a row."""
     groups: gl.constexpr = s.shape[1] // 8
-    top = gl.max(gl.max(s.reshape([s.shape[0], groups, 8]), 1), 1)
+    if not LINE:
+        top = gl.max(gl.max(s.reshape([s.shape[0], groups, 8]), 1), 1)
+    else:
+        top = gl.max(gl.max(s.reshape([s.shape[0], groups, 4, 2]), 1), 2)
+        top = gl.max(top + gl.convert_layout(line, top.type.layout), 1)
     return gl.convert_layout(top, gl.SliceLayout(1, s.type.layout))
+
+
+@gluon.jit
+def add_line(s, slope, first, origin):
+    """s + slope * (column - origin of the row), whose columns are counted from `first`, in two
+    parts: what is the same for all columns of a thread, [M, 4], and the scores without it."""
+    M: gl.constexpr = s.shape[0]
+    groups: gl.constexpr = s.shape[1] // 8
+    parts = s.reshape([M, groups, 4, 2])
+    layout: gl.constexpr = parts.type.layout
+    by_thread: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, layout))
+    of_group: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, layout)))
+    of_pair: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    group = gl.arange(0, groups, layout=of_group).to(gl.float32) * 8.0
+    pair = gl.arange(0, 2, layout=of_pair).to(gl.float32)
+    group = gl.expand_dims(gl.expand_dims(gl.expand_dims(group, 0), 2), 3)
+    pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 2)
+    parts += slope * (group + pair)
+    thread = gl.arange(0, 4, layout=gl.SliceLayout(0, by_thread)) * 2 + first
+    thread = gl.expand_dims(thread.to(gl.float32), 0)
+    line = slope * (thread - gl.convert_layout(origin, by_thread))
+    return gl.convert_layout(parts.reshape([M, groups * 8]), s.type.layout), line
 
 
 @gluon.jit
@@ -54,25 +142,36 @@ def _row_sums(p):
 
 
 @gluon.jit
-def _powers(s, top, to_base2):
+def _powers(s, top, to_base2, line, LINE: gl.constexpr, EVERY: gl.constexpr):
     """2 ** (to_base2 * (s - top)); 0 in a row in which nothing is attended."""
     offset = gl.where(top == -float("inf"), 0.0, top * to_base2)
-    return exp2(s * to_base2 - gl.expand_dims(offset, 1)), offset
+    if not LINE:
+        return exp2_not_above_1(s * to_base2 - gl.expand_dims(offset, 1), EVERY), offset
+    else:
+        groups: gl.constexpr = s.shape[1] // 8
+        parts = s.reshape([s.shape[0], groups, 4, 2])
+        less = column(top, line) - line
+        less = gl.where(column(top, line) == -float("inf"), 0.0, less * to_base2)
+        less = gl.expand_dims(gl.expand_dims(less, 1), 3)
+        parts = exp2_not_above_1(parts * to_base2 - less, EVERY)
+        p = gl.convert_layout(parts.reshape([s.shape[0], groups * 8]), s.type.layout)
+        return p, offset
 
 
 @gluon.jit
-def first_softmax(s, to_base2):
-    """Unnormalised probabilities, maximum and partial sums of the first block of a row."""
-    top = _row_max(s)
-    p, _ = _powers(s, top, to_base2)
+def first_softmax(s, to_base2, line, LINE: gl.constexpr, EVERY: gl.constexpr):
+    """Unnormalised probabilities, maximum and partial sums of the first block of a row. line: with
+    LINE, what is to be added to the scores of a thread."""
+    top = _row_max(s, line, LINE)
+    p, _ = _powers(s, top, to_base2, line, LINE, EVERY)
     return p, top, _row_sums(p)
 
 
 @gluon.jit
-def next_softmax(s, top, total, to_base2):
+def next_softmax(s, top, total, to_base2, line, LINE: gl.constexpr, EVERY: gl.constexpr):
     """The same for a further block, and the factor for what was accumulated before."""
-    new_top = gl.maximum(top, _row_max(s))
-    p, offset = _powers(s, new_top, to_base2)
+    new_top = gl.maximum(top, _row_max(s, line, LINE))
+    p, offset = _powers(s, new_top, to_base2, line, LINE, EVERY)
     factor = exp2(top * to_base2 - offset)
     total = total * column(factor, total) + _row_sums(p)
     return p, new_top, total, factor
@@ -81,6 +180,7 @@ def next_softmax(s, top, total, to_base2):
 @gluon.jit
 def statistics(top, total, to_base2):
     """Natural-log lse and the factor that normalises a row (0 where nothing was attended)."""
+    top = opaque(top)  # or its product is kept in a register through the loop
     row_total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
     empty = top == -float("inf")
     lse = gl.where(empty, top, (top * to_base2 + log2(row_total)) * LN2)

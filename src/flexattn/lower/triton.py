@@ -17,6 +17,9 @@ kv_idx [N, 1]; b and h are scalars, or tiles when heads are packed into rows):
     grad_offsets(score, b, h, q_idx, kv_idx, args, parts)
                                                   -> (offset0, ...): elements from the start of a
                                                      contiguous tensor of the capture's shape
+    score_line(b, h, q_idx, args, parts)          -> (slope, origin)  only of a score mod that is
+                                                     score + slope * (kv_idx - origin) by head and
+                                                     row: the same as score_mod, without scales
 
 with parts = (head, rows, columns). Compute `head` and the part that a loop does not change before
 the loop (nothing hoists loads in Gluon) and the other part in each step; parts that are not used
@@ -48,6 +51,7 @@ import torch
 from flexattn.ir.graph import Graph, Node
 from flexattn.lower.scales import Scales
 from flexattn.lower.separate import COLUMNS, HEAD, ROWS, TILE
+from flexattn.lower.slope import sloped
 from flexattn.lower.triton_facts import ModFacts
 from flexattn.lower.triton_ops import Context, Target, plain
 from flexattn.lower.triton_text import Role, Writer
@@ -60,6 +64,7 @@ _SIGNATURES = {
     "score_mod": "score, b, h, q_idx, kv_idx, attended, args, parts",
     "score_mod_grad": "score, grad, b, h, q_idx, kv_idx, attended, args, parts",
     "grad_offsets": "score, b, h, q_idx, kv_idx, args, parts",
+    "score_line": "b, h, q_idx, args, parts",
 }
 _HEADER = """\
 import triton
@@ -133,7 +138,7 @@ def lower(score: Graph | None, mask: Graph | None, facts: Facts,
     texts = [_HEADER, *(_constants(role.scales) for role in roles if role.scales != Scales()),
              *_hoisted_functions(roles)]
     for role in roles:
-        texts.append(_mask_mod(role) if role.prefix == "mask" else _score_mod(role))
+        texts += [_mask_mod(role)] if role.prefix == "mask" else [_score_mod(role), *_slope(role)]
     if gradient is not None:
         texts += [_score_mod_grad(roles[0]), _grad_offsets(roles[0])]
     return "\n\n".join(texts)
@@ -197,6 +202,22 @@ def _score_mod(role: Role) -> str:
     result = plain(_whole_tile(writer, root, "score"))
     _reports(writer, root, "attended")
     return _function("score_mod", writer.lines, result)
+
+
+def _slope(role: Role) -> list[str]:
+    """score_line, where the score mod has this form and reads nothing out of range."""
+    root = role.root("score")
+    found = sloped(root, role.level)
+    if found is None or role.scales != Scales():
+        return []
+    writer = Writer(role, TILE, [])
+    negative, slope, origin = found
+    values = [plain(writer.value(n)) for n in (slope, origin)]
+    writer.value(root)
+    if writer.reported_reads(root):
+        return []
+    values[0] = f"-({values[0]})" if negative else values[0]
+    return [_function("score_line", [], _tuple(values))]
 
 
 def _mask_mod(role: Role) -> str:

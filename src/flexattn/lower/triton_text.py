@@ -189,13 +189,26 @@ class Writer:
 
     def _load(self, n: Node) -> str:
         read = self.role.reads[n]
-        terms = [read.argument]
-        for d in range(len(n.args)):
-            index = self._wide(read, self._index(n, d))
-            terms.append(index if read.capture.unit[d] else f"{index} * {read.argument}_stride{d}")
         gathered = self.level == TILE and self.role.context.target == "cuda"
+        terms = [read.argument]
+        for d, stride in enumerate(read.capture.unit):
+            apart = self._apart(n, d) if gathered and stride else None
+            index = apart or self._wide(read, self._index(n, d))
+            terms.append(index if stride else f"{index} * {read.argument}_stride{d}")
         text = f"{'math.gather' if gathered else 'tl.load'}({' + '.join(terms)})"
         return self.name(text + (".to(tl.float32)" if n.dtype in HALVES else ""), "load")
+
+    def _apart(self, n: Node, d: int) -> str | None:
+        """An index that is a sum of rows and columns as two steps of a 64-bit address: then a
+        column's distance from its neighbours is a constant of the instruction that reads it."""
+        index, fact = n.args[d], self.role.reads[n].dims[d]
+        if index.op not in (Op.ADD, Op.SUB) or fact.negative or not fact.proven:
+            return None
+        terms = [(f"({self.names[a]}).to(tl.int64)", self.role.level[a]) for a in index.args]
+        (first, level), (second, other) = terms
+        if TILE in (level, other) or level == COLUMNS:
+            return None
+        return f"{first} {'+' if index.op is Op.ADD else '-'} {second}"
 
     def _wide(self, read: _Read, index: str) -> str:
         if not read.capture.wide:

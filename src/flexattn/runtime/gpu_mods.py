@@ -51,6 +51,11 @@ class ModCode:
         return namedtuple("arguments", self.fields)(*self.types)
 
     @property
+    def sloped(self) -> bool:
+        """Whether the score mod is a line over the keys."""
+        return "def score_line(" in self.text
+
+    @property
     def reported(self) -> int:
         return self._word.value
 

@@ -50,7 +50,7 @@ def prepare(call: Call) -> Prepared | Refusal:
     call = with_boxes(call)
     code = mod_code(call, "cuda")
     device = call.query.device
-    fold = call.score is None and call.scale > 0
+    fold = (call.score is None or code.sloped) and call.scale > 0
     chosen = None
     for config in forward_configs(call.query.shape[-1], call.value.shape[-1], fold,
                                   crowded(call)):
