@@ -46,8 +46,6 @@ def only_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
             if name:
                 kernels = getattr(launch_gpu, table)
                 patch.setattr(launch_gpu, table, {name: kernels[name]})
-        if request.config.getoption("--gpu-backward", ""):
-            patch.setattr(launch_gpu, "_UNPROVEN_BACKWARD", frozenset())
         yield
 
 

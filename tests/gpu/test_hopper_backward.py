@@ -56,7 +56,6 @@ def only_hopper() -> Iterator[None]:
     launch_gpu._backwards.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch_gpu, "BACKWARD", {"hopper": launch_gpu.BACKWARD["hopper"]})
-        patch.setattr(launch_gpu, "_UNPROVEN_BACKWARD", frozenset(), raising=False)
         yield
     launch_gpu._backwards.clear()
 

@@ -49,20 +49,6 @@ def test_runs(target):
         assert compiled(launch_block_runs.source(name, types), TARGETS[target]).code
 
 
-def test_what_has_not_run_on_a_gpu_serves_on_request_alone(monkeypatch):
-    dense = torch.ones(64, 64, dtype=torch.bool)
-    for mask, proven in ((MASKS["documents"], True), (MASKS["natten"], True),
-                         (MASKS["offsets"], True), (MASKS["reals"], False),
-                         (lambda b, h, q, k: dense[q, k], False)):
-        mod = specialize(trace_mask_mod(mask))
-        assert launch_block_mask._proven(mod.graph) == proven
-        if not proven:
-            monkeypatch.setattr(launch_block_mask, "_UNPROVEN", False)
-            found = launch_block_mask.runs(mod, grid_of(mod, 1, 1, 64, 64, 16, 16),
-                                           torch.device("cpu"))
-            assert "FLEXATTN_UNPROVEN=1" in found
-
-
 def test_other_lengths_and_values_are_no_new_kernel():
     """The key says lengths, captured values and numbers that vary by their class alone."""
     target = TARGETS["sm_90"]

@@ -11,7 +11,7 @@ import torch
 import flexattn
 from flexattn.compile_triton import Target, compiled
 from flexattn.kernels.hopper_backward_config import backward_configs
-from flexattn.runtime import gpu_driver, launch_gpu, launch_hopper
+from flexattn.runtime import gpu_driver, launch_hopper
 from flexattn.runtime import launch_hopper_backward as launcher
 from flexattn.runtime.call import Call, Result
 from flexattn.runtime.gpu_launch import Box, Refusal
@@ -75,14 +75,6 @@ def test_captured_tensors_with_gradients_are_refused(hopper):
     reason = launcher._untaken(mod_code(call, "cuda", with_gradient=True))
     assert reason == "captured tensors need gradients"
     assert launcher._untaken(mod_code(Call(q, q, q, 1.0), "cuda", with_gradient=True)) is None
-
-
-def test_off_until_proven():
-    q = torch.randn(1, 2, 64, 64)
-    if launch_gpu._UNPROVEN_BACKWARD:
-        kernels = {"hopper": launch_gpu.BACKWARD["hopper"], "served": lambda *_: "prepared"}
-        found = launch_gpu._first(kernels, launch_gpu._UNPROVEN_BACKWARD, Call(q, q, q, 1.0))
-        assert found.kernel == "served" and "FLEXATTN_UNPROVEN=1" in dict(found.refusals)["hopper"]
 
 
 @pytest.mark.parametrize("sparse", [False, True])

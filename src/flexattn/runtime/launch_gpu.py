@@ -5,8 +5,7 @@ In: a runtime.call.Call. Out: its Result, or its Gradients. The kernels are aske
 chosen for a call is found again by everything it depends on, so that a call in the steady state
 only looks it up, allocates, and launches.
 
-With FLEXATTN_UNPROVEN=1 kernels that are still being proven are asked too. With
-FLEXATTN_CHECK=1 every call waits for its kernel and raises what it reported.
+With FLEXATTN_CHECK=1 every call waits for its kernel and raises what it reported.
 """
 
 from __future__ import annotations
@@ -42,12 +41,8 @@ BACKWARD: dict[str, Callable[..., PreparedBackward | Refusal]] = {
     "hopper": launch_hopper_backward.prepare,
     "triton": launch_triton_backward.prepare,
 }
-# Kernels whose tests on a GPU have not all passed yet serve only those who ask for them.
-_UNPROVEN_BACKWARD = frozenset() if os.environ.get("FLEXATTN_UNPROVEN") == "1" else frozenset(
-    {"hopper"})
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHECK = os.environ.get("FLEXATTN_CHECK") == "1"
-_OFF = Refusal("not proven on a GPU yet: FLEXATTN_UNPROVEN=1 lets it serve")
 _MOST_PREPARED = 4096
 
 
@@ -101,7 +96,7 @@ def backward_choice(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | N
     if found is None:
         if len(_backwards) >= _MOST_PREPARED:
             _backwards.clear()
-        found = _backwards[key] = _first(BACKWARD, _UNPROVEN_BACKWARD, call, result, d_out, d_lse)
+        found = _backwards[key] = _first(BACKWARD, call, result, d_out, d_lse)
     return found
 
 
@@ -129,15 +124,14 @@ def _chosen(call: Call) -> Choice:
                                  expected="float16, bfloat16 or float32",
                                  got=str(call.query.dtype),
                                  remedy="convert the tensors, or run them on the CPU"))
-    return _first(FORWARD, frozenset(), call)
+    return _first(FORWARD, call)
 
 
-def _first(kernels: Mapping[str, Callable[..., Any]], unproven: frozenset[str], call: Call,
-           *more: Any) -> Choice:
+def _first(kernels: Mapping[str, Callable[..., Any]], call: Call, *more: Any) -> Choice:
     """The first kernel that takes a call."""
     refusals: list[tuple[str, str]] = []
     for name, prepare in kernels.items():
-        prepared = _OFF if name in unproven else prepare(call, *more)
+        prepared = prepare(call, *more)
         if not isinstance(prepared, Refusal):
             graphs = [mod.graph for mod in (call.score, call.mask) if mod is not None]
             return Choice(name, prepared, tuple(refusals), graphs)
