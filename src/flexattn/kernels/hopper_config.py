@@ -18,8 +18,7 @@ class ForwardConfig:
     come while this one's are used. head_chunks x head_chunk columns of q and k,
     value_dim columns of v: what TMA fills, with zeros beyond the tensor's. fold_scale: the
     (positive) scale is part of the exponent's factor: there is no score mod, or a line over the
-    keys. polynomial_every: of so many exponentials one is computed without the special-function
-    unit (0: none).
+    keys.
     """
 
     consumers: int
@@ -30,7 +29,6 @@ class ForwardConfig:
     stages: int
     fold_scale: bool = True
     q_stages: int = 1
-    polynomial_every: int = 0
 
     @property
     def tile_q(self) -> int:

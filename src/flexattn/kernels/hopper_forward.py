@@ -187,7 +187,7 @@ def _step(part: gl.constexpr, KIND: gl.constexpr, shared, place, stage, phase, o
     release_k(stage, C)
     s, line = _scores(s, mod, block, columns, 0, scale, KIND, C, MODS)
     probabilities, top, total, factor = next_softmax(s, top, total, to_base2, line,
-                                                     _has_line(C, MODS), C.polynomial_every)
+                                                     _has_line(C, MODS))
     # This wait also ends a basic block: without it ptxas moves the wait for P V above the softmax.
     mbarrier.wait(shared.v_full.index(stage), phase)
     o, p = warpgroup_mma_wait(0, deps=(o, p))
@@ -212,8 +212,7 @@ def _attend(part: gl.constexpr, tile, shared, place, stage, phase, sizes, args, 
     s = warpgroup_mma_wait(0, deps=(s,))
     release_k(stage, C)
     s, line = _scores(s, mod, block, columns, tile.whole, scale, FIRST, C, MODS)
-    probabilities, top, total = first_softmax(s, to_base2, line, _has_line(C, MODS),
-                                              C.polynomial_every)
+    probabilities, top, total = first_softmax(s, to_base2, line, _has_line(C, MODS))
     words = packed(probabilities, shared.v.dtype)
     o = gl.full([QUERIES, C.value_dim], 0.0, gl.float32, layout)
     mbarrier.wait(shared.v_full.index(stage), phase)

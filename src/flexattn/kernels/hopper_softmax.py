@@ -14,7 +14,6 @@ LN2 = gl.constexpr(0.6931471805599453)
 
 _EX2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
 _LG2 = gl.constexpr("lg2.approx.ftz.f32 $0, $1;")
-_COEFFICIENTS = ("3F317AFD", "3E780627", "3D61510C")  # float32 0.6932829, 0.2422110, 0.0550089
 _SAME = gl.constexpr("mov.b32 $0, $1;")
 _UNPACK = gl.constexpr("mov.b32 {$0, $1}, $2;")
 
@@ -52,41 +51,6 @@ def unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def exp2(x):
     return gl.inline_asm_elementwise(_EX2, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
-
-
-@constexpr_function
-def _polynomial(result, x):
-    """2^x for x <= 0 without the special-function unit: 2^n by its bits times a polynomial of the
-    rest, |x - n| <= 1/2, within 1e-4 of it. Exact for whole x, 0 from -127 on, NaN for NaN."""
-    c1, c2, c3 = (f"0f{bits}" for bits in _COEFFICIENTS)
-    return (f"{{.reg .f32 x, t, n, f, p; .reg .b32 b; max.NaN.f32 x, {x}, 0fC2FE0000;"
-            f" add.rn.f32 t, x, 0f4B400000; sub.rn.f32 n, t, 0f4B400000; sub.rn.f32 f, x, n;"
-            f" fma.rn.f32 p, f, {c3}, {c2}; fma.rn.f32 p, p, f, {c1};"
-            f" fma.rn.f32 p, p, f, 0f3F800000; mov.b32 b, t; shl.b32 b, b, 23;"
-            f" add.s32 b, b, 0x3F800000; mov.b32 n, b; mul.rn.f32 {result}, p, n;}}")
-
-
-@constexpr_function
-def _mixed(every):
-    """Of so many numbers, the last one by the polynomial."""
-    last = every - 1
-    return " ".join([*(f"ex2.approx.ftz.f32 ${i}, ${every + i};" for i in range(last)),
-                     _polynomial(f"${last}", f"${every + last}")])
-
-
-@constexpr_function
-def _operands(every):
-    return ",".join(["=f"] * every + ["f"] * every)
-
-
-@gluon.jit
-def exp2_not_above_1(x, EVERY: gl.constexpr):
-    """exp2 of numbers that are not positive; of every so many, one by a polynomial (0: none)."""
-    if EVERY == 0:
-        return exp2(x)
-    else:
-        return gl.inline_asm_elementwise(_mixed(EVERY), _operands(EVERY), [x], dtype=gl.float32,
-                                         is_pure=True, pack=EVERY)
 
 
 @gluon.jit
@@ -142,36 +106,36 @@ def _row_sums(p):
 
 
 @gluon.jit
-def _powers(s, top, to_base2, line, LINE: gl.constexpr, EVERY: gl.constexpr):
+def _powers(s, top, to_base2, line, LINE: gl.constexpr):
     """2 ** (to_base2 * (s - top)); 0 in a row in which nothing is attended."""
     offset = gl.where(top == -float("inf"), 0.0, top * to_base2)
     if not LINE:
-        return exp2_not_above_1(s * to_base2 - gl.expand_dims(offset, 1), EVERY), offset
+        return exp2(s * to_base2 - gl.expand_dims(offset, 1)), offset
     else:
         groups: gl.constexpr = s.shape[1] // 8
         parts = s.reshape([s.shape[0], groups, 4, 2])
         less = column(top, line) - line
         less = gl.where(column(top, line) == -float("inf"), 0.0, less * to_base2)
         less = gl.expand_dims(gl.expand_dims(less, 1), 3)
-        parts = exp2_not_above_1(parts * to_base2 - less, EVERY)
+        parts = exp2(parts * to_base2 - less)
         p = gl.convert_layout(parts.reshape([s.shape[0], groups * 8]), s.type.layout)
         return p, offset
 
 
 @gluon.jit
-def first_softmax(s, to_base2, line, LINE: gl.constexpr, EVERY: gl.constexpr):
+def first_softmax(s, to_base2, line, LINE: gl.constexpr):
     """Unnormalised probabilities, maximum and partial sums of the first block of a row. line: with
     LINE, what is to be added to the scores of a thread."""
     top = _row_max(s, line, LINE)
-    p, _ = _powers(s, top, to_base2, line, LINE, EVERY)
+    p, _ = _powers(s, top, to_base2, line, LINE)
     return p, top, _row_sums(p)
 
 
 @gluon.jit
-def next_softmax(s, top, total, to_base2, line, LINE: gl.constexpr, EVERY: gl.constexpr):
+def next_softmax(s, top, total, to_base2, line, LINE: gl.constexpr):
     """The same for a further block, and the factor for what was accumulated before."""
     new_top = gl.maximum(top, _row_max(s, line, LINE))
-    p, offset = _powers(s, new_top, to_base2, line, LINE, EVERY)
+    p, offset = _powers(s, new_top, to_base2, line, LINE)
     factor = exp2(top * to_base2 - offset)
     total = total * column(factor, total) + _row_sums(p)
     return p, new_top, total, factor
