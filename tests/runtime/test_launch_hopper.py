@@ -38,15 +38,16 @@ def window(b, h, q_idx, kv_idx):
     return (q_idx >= kv_idx) & (q_idx - kv_idx < 64)
 
 
-@pytest.mark.parametrize("score_mod, mask_mod, expected", [
-    (None, None, False), (alibi, None, False), (None, causal, False), (softcap, causal, False),
-    (alibi, causal, True), (None, window, True)])
-def test_mods_that_three_consumers_do_not_hold(score_mod, mask_mod, expected):
+@pytest.mark.parametrize("score_mod, mask_mod, fold_scale, expected", [
+    (None, None, True, False), (alibi, None, True, False), (None, causal, True, False),
+    (softcap, causal, False, False), (alibi, causal, True, False), (alibi, causal, False, True),
+    (None, window, True, True), (alibi, window, True, True)])
+def test_mods_that_three_consumers_do_not_hold(score_mod, mask_mod, fold_scale, expected):
     q = torch.empty(1, 4, 128, 64, dtype=torch.bfloat16)
     call = Call(q, q, q, 1.0, score_mod and specialize(trace_score_mod(score_mod)),
                 mask_mod and specialize(trace_mask_mod(mask_mod)))
-    assert crowded(call) is expected
-    tiles = [c.consumers for c in forward_configs(64, 64, True, crowded(call))]
+    assert crowded(call, fold_scale) is expected
+    tiles = [c.consumers for c in forward_configs(64, 64, fold_scale, expected)]
     assert tiles == ([2, 2] if expected else [3, 2, 2])
 
 

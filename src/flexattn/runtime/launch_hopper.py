@@ -53,7 +53,7 @@ def prepare(call: Call) -> Prepared | Refusal:
     fold = (call.score is None or code.sloped) and call.scale > 0
     chosen = None
     for config in forward_configs(call.query.shape[-1], call.value.shape[-1], fold,
-                                  crowded(call)):
+                                  crowded(call, fold)):
         plan = HopperPlan(config, code, call.query.dtype, call.block_mask is not None,
                           call.want_lse, call.want_max_scores)
         found = function(plan.key, device, plan.source)
@@ -93,15 +93,17 @@ def _refused(call: Call) -> str | None:
     return None
 
 
-def crowded(call: Call) -> bool:
+def crowded(call: Call, fold_scale: bool) -> bool:
     """Whether the mods spill with three consumers, which need not be compiled to know it: a mask
-    compares rows with columns more than once, or a masked score is made of indices."""
+    compares rows with columns more than once, or a masked score is made of indices and not folded
+    (a line over the keys)."""
     if call.mask is None:
         return False
     level = levels(call.mask.graph.nodes)
     compared = sum(n.op in COMPARISON and level[n] == TILE for n in call.mask.graph.nodes)
-    indices = call.score.graph.inputs() & {"q_idx", "kv_idx"} if call.score else ()
-    return compared > 1 or bool(indices)
+    if call.score is None or fold_scale:
+        return compared > 1
+    return compared > 1 or bool(call.score.graph.inputs() & {"q_idx", "kv_idx"})
 
 
 def with_boxes(call: Call) -> Call:
