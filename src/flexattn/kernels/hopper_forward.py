@@ -44,6 +44,7 @@ from flexattn.kernels.hopper_softmax import (
     add_line,
     column,
     first_softmax,
+    gathered,
     next_softmax,
     opaque,
     packed,
@@ -244,7 +245,8 @@ def _store(part: gl.constexpr, tile, o, top, total, results, sizes, unit, to_bas
     layout: gl.constexpr = _store_layout(C)
     empty = column(factor, o) == 0.0
     o = gl.where(empty, 0.0, o * column(factor, o))
-    o = gl.convert_layout(o.to(results.out.dtype.element_ty), layout)
+    kind: gl.constexpr = results.out.dtype.element_ty
+    o = unpacked(gathered(packed(o, kind)), kind, layout)
     first_row = tile.row * C.tile_q + part * QUERIES
     row = first_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, C.value_dim, layout=gl.SliceLayout(0, layout))

@@ -48,6 +48,38 @@ def unpacked(words, dtype: gl.constexpr, layout: gl.constexpr):
     return gl.convert_layout(pairs.reshape([words.shape[0], words.shape[1] * 2]), layout)
 
 
+# Four threads hold a word each of four groups; then each holds a group, as it is numbered.
+_EXCHANGE = gl.constexpr("""{
+    .reg .pred odd, high; .reg .b32 lane, a, b, c, d, x, y;
+    mov.u32 lane, %laneid; and.b32 x, lane, 1; setp.ne.u32 odd, x, 0;
+    and.b32 x, lane, 2; setp.ne.u32 high, x, 0;
+    selp.b32 x, $4, $5, odd; shfl.sync.bfly.b32 x, x, 1, 31, -1;
+    selp.b32 y, $6, $7, odd; shfl.sync.bfly.b32 y, y, 1, 31, -1;
+    selp.b32 a, x, $4, odd; selp.b32 b, $5, x, odd;
+    selp.b32 c, y, $6, odd; selp.b32 d, $7, y, odd;
+    selp.b32 x, a, c, high; shfl.sync.bfly.b32 x, x, 2, 31, -1;
+    selp.b32 y, b, d, high; shfl.sync.bfly.b32 y, y, 2, 31, -1;
+    selp.b32 $0, x, a, high; selp.b32 $1, y, b, high;
+    selp.b32 $2, c, x, high; selp.b32 $3, d, y, high;
+}""")
+
+
+@gluon.jit
+def gathered(words):
+    """The same words [M, N] in another layout: four neighbours to a thread, which the tensor cores
+    give to four. No shared memory is needed."""
+    fours: gl.constexpr = words.shape[1] // 16
+    x = words.reshape([words.shape[0], fours, 2, 2, 4]).permute((0, 1, 4, 2, 3))
+    even, odd = gl.split(x)
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    y0, y1, y2, y3 = gl.inline_asm_elementwise(
+        _EXCHANGE, "=&r,=&r,=&r,=&r,r,r,r,r", [x0, x1, x2, x3], dtype=(gl.int32,) * 4,
+        is_pure=False, pack=1)
+    y = gl.join(gl.join(y0, y2), gl.join(y1, y3))  # [M, fours, group, word // 2, word % 2]
+    return y.reshape(words.shape)
+
+
 @gluon.jit
 def exp2(x):
     return gl.inline_asm_elementwise(_EX2, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
