@@ -1,7 +1,7 @@
 """Where the operands of tensor-core products in a PTX text come from.
 
-In: PTX of a kernel. Out: for every product whose A operand lies in registers, for each half of each
-of these registers, the numbers of the accumulators (of products of shared memory) that it is
+In: PTX of a kernel. Out: for every product with a transposed B operand (P V), for each half of each
+register of its A operand, the numbers of the accumulators (of the other products) that it is
 computed from: through moves, conversions, exponentials, selections, and the factors of products,
 but not through the maximum that is subtracted.
 """
@@ -32,14 +32,15 @@ class _Flow:
                 operation, rest = operation.split("\t")[0], line.strip().split("\t", 1)[1]
             names = re.findall(r"\{[^}]*\}|%\w+", rest)
             if operation.startswith("wgmma.mma_async"):
-                self._product([re.findall(r"%r\d+", n) for n in names if n[0] == "{"])
+                lists = [re.findall(r"%r\d+", n) for n in names if n[0] == "{"]
+                self._product(lists, len(lists) == 2 and rest.rstrip(";").endswith("1"))
             elif names and not operation.startswith(("ld", "st.", "setp", "bar", "@", "/", ".")):
                 for half, name in enumerate(re.findall(r"%\w+", names[0])):
                     kind = f"half {half}" if names[0][0] == "{" else operation
                     self.made[name].append((kind, names[1:]))
 
-    def _product(self, lists: list[list[str]]) -> None:
-        if len(lists) == 2:
+    def _product(self, lists: list[list[str]], transposed: bool) -> None:
+        if transposed:
             self.products.append(lists[1])
         else:
             self.accumulators.update((name, i) for i, name in enumerate(lists[0]))

@@ -57,10 +57,18 @@ CASES = {  # score mod, mask mod, head_dim, value_dim, dtype, number of the conf
     "window 192/128": (None, window, 192, 128, torch.bfloat16, 0),
     "plain 256": (None, None, 256, 256, torch.bfloat16, 0),
 }
+SHORT_ROWS = {
+    "documents 64, short": (None, documents, 64, 64, torch.bfloat16, 0),
+    "alibi causal 64, short": (alibi, causal, 64, 64, torch.bfloat16, 1),
+    "plain 96, short": (None, None, 96, 96, torch.float16, 0),
+    "softcap 128, short": (softcap, None, 128, 128, torch.float16, 0),
+    "documents 128, short": (None, documents, 128, 128, torch.bfloat16, 0),
+    "window 192/128, short": (None, window, 192, 128, torch.bfloat16, 0),
+}
 
 
 def call_of(case):
-    score_mod, mask_mod, head_dim, value_dim, dtype, _ = CASES[case]
+    score_mod, mask_mod, head_dim, value_dim, dtype, _ = (CASES | SHORT_ROWS)[case]
     q = torch.empty(2, 4, 1024, head_dim, dtype=dtype)
     return Call(q, q, q[..., :1].expand(-1, -1, -1, value_dim), 1.0,
                 score_mod and specialize(trace_score_mod(score_mod)),
@@ -91,16 +99,17 @@ def loops(code: list[str]) -> list[list[str]]:
             if not any(start <= s and e <= end for s, e in found if (s, e) != (start, end))]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES | SHORT_ROWS)
 def test_machine_code(case, tmp_path):
-    score_mod, mask_mod, head_dim, value_dim, dtype, number = CASES[case]
+    score_mod, mask_mod, head_dim, value_dim, dtype, number = (CASES | SHORT_ROWS)[case]
     call = call_of(case)
     code = mod_code(call, "cuda")
     assert code.sloped == (score_mod is alibi)
-    config = forward_configs(head_dim, value_dim, score_mod is None or code.sloped)[number]
+    config = forward_configs(head_dim, value_dim, score_mod is None or code.sloped,
+                             short_rows=case in SHORT_ROWS)[number]
     plan = HopperPlan(config, code, dtype, mask_mod is not None, True, False)
     binary = compiled(plan.source(), Target("cuda", 90, 32))
-    assert binary.shared <= 227 << 10
+    assert config.ctas * (binary.shared + 1024) <= 228 << 10
     lines = machine_code(binary, tmp_path)
     assert any("UTMALDG.4D" in line for line in lines)
     steps = [loop for loop in loops(lines) if any("HGMMA" in line for line in loop)]
@@ -149,4 +158,9 @@ def test_configs():
     assert forward_configs(192, 128, False)[0].head_chunks == 3
     assert all(config.stages <= 3 for d in (64, 96, 128, 256) for config in
                forward_configs(d, d, True)), "there are named barriers for three stages"
+    assert all(c.ctas * 128 * (c.consumers + 1) * c.entry_registers <= 65536
+               and c.consumers * c.consumer_registers + c.producer_registers
+               <= (c.consumers + 1) * c.entry_registers
+               for d in (64, 96, 128, 256) for c in forward_configs(d, d, True, short_rows=True))
+    assert forward_configs(64, 64, True, short_rows=True)[2:] == forward_configs(64, 64, True)
     assert forward_configs(264, 64, True) == ()

@@ -160,25 +160,35 @@ def _scores(s, mod, block, columns, whole, scale, KIND: gl.constexpr, C: gl.cons
 
 
 @gluon.jit
-def _start_scores(part: gl.constexpr, place, stage, shared, C: gl.constexpr):
+def _queries(part: gl.constexpr, place, shared, C: gl.constexpr):
+    """A consumer's chunks of queries, in registers where there is room."""
+    layout: gl.constexpr = gl.DotOperandLayout(0, _scores_layout(C), 2)
+    chunks = ()
+    for chunk in gl.static_range(gl.constexpr(C.head_chunks)):
+        q = shared.q.index((place * C.consumers + part) * C.head_chunks + chunk)
+        chunks = chunks + (q.load(layout) if C.q_registers else q,)
+    return chunks
+
+
+@gluon.jit
+def _start_scores(q, stage, shared, C: gl.constexpr):
     """Q K^T of the block of keys in this buffer."""
     s = gl.full([QUERIES, C.tile_kv], 0.0, gl.float32, _scores_layout(C))
     for chunk in gl.static_range(gl.constexpr(C.head_chunks)):
-        q = shared.q.index((place * C.consumers + part) * C.head_chunks + chunk)
         k = shared.k.index(stage * C.head_chunks + chunk).permute((1, 0))
-        s = warpgroup_mma(q, k, s, use_acc=chunk > 0, is_async=True)
+        s = warpgroup_mma(q[chunk], k, s, use_acc=chunk > 0, is_async=True)
     return s
 
 
 @gluon.jit
-def _step(part: gl.constexpr, KIND: gl.constexpr, shared, place, stage, phase, o, words, top, total,
+def _step(part: gl.constexpr, KIND: gl.constexpr, shared, q, stage, phase, o, words, top, total,
           mod, kv_len, scale, to_base2, C: gl.constexpr, MODS: gl.constexpr):
     """One more block: its scores and softmax, and the product of the block before."""
     before = stage
     stage, phase = next_place(stage, phase, C.stages)
     mbarrier.wait(shared.k_full.index(stage), phase)
-    await_turn(part)
-    s = _start_scores(part, place, stage, shared, C)
+    await_turn(part, C)
+    s = _start_scores(q, stage, shared, C)
     p = unpacked(words, shared.v.dtype, gl.DotOperandLayout(0, _out_layout(C), 2))
     o = warpgroup_mma(p, shared.v.index(before), o, is_async=True)
     end_turn(part, C)
@@ -205,13 +215,16 @@ def _attend(part: gl.constexpr, tile, shared, place, stage, phase, sizes, args, 
     first_row = tile.row * C.tile_q + part * QUERIES
     mod = _mod_of_tile(tile, first_row, sizes, args, C, MODS)
 
+    q = _queries(part, place, shared, C)
     mbarrier.wait(shared.k_full.index(stage), phase)
-    s = _start_scores(part, place, stage, shared, C)
+    s = _start_scores(q, stage, shared, C)
     kv_len = gl.where(tile.first < 0, 0, sizes.kv_len)
     block = gl.maximum(tile.first, 0)
     columns = _columns(mod, block, kv_len, FIRST, C, MODS)
     s = warpgroup_mma_wait(0, deps=(s,))
     release_k(stage, C)
+    if C.q_registers:
+        release_q(place, C)
     s, line = _scores(s, mod, block, columns, tile.whole, scale, FIRST, C, MODS)
     probabilities, top, total = first_softmax(s, to_base2, line, _has_line(C, MODS))
     words = packed(probabilities, shared.v.dtype)
@@ -221,13 +234,14 @@ def _attend(part: gl.constexpr, tile, shared, place, stage, phase, sizes, args, 
     if MODS.mask_mod is not None:
         for _ in range(tile.partial):
             stage, phase, o, words, top, total = _step(
-                part, PARTIAL, shared, place, stage, phase, o, words, top, total, mod, kv_len,
+                part, PARTIAL, shared, q, stage, phase, o, words, top, total, mod, kv_len,
                 scale, to_base2, C, MODS)
     for _ in range(tile.full):
         stage, phase, o, words, top, total = _step(
-            part, FULL, shared, place, stage, phase, o, words, top, total, mod, kv_len, scale,
+            part, FULL, shared, q, stage, phase, o, words, top, total, mod, kv_len, scale,
             to_base2, C, MODS)
-    release_q(place, C)
+    if not C.q_registers:
+        release_q(place, C)
 
     p = unpacked(words, shared.v.dtype, gl.DotOperandLayout(0, layout, 2))
     o = warpgroup_mma(p, shared.v.index(stage), o, is_async=True)
@@ -292,9 +306,14 @@ def _consume(part: gl.constexpr, shared, results, sizes, args, scale, C: gl.cons
 @gluon.jit
 def hopper_forward(q_desc, k_desc, v_desc, results, sizes, table, args, counter, scale,
                    C: gl.constexpr, MODS: gl.constexpr):
-    """One persistent CTA per multiprocessor; four warps at the start."""
+    """Persistent CTAs, C.ctas per multiprocessor; four warps at the start."""
     shared = allocate(q_desc, k_desc, v_desc, C)
-    if C.consumers == 2:
+    if C.consumers == 1:
+        gl.warp_specialize([
+            (_consume, (0, shared, results, sizes, args, scale, C, MODS)),
+            (produce, (q_desc, k_desc, v_desc, counter, sizes, table, shared, C)),
+        ], [1], [C.producer_registers])
+    elif C.consumers == 2:
         gl.warp_specialize([
             (_consume, (0, shared, results, sizes, args, scale, C, MODS)),
             (_consume, (1, shared, results, sizes, args, scale, C, MODS)),

@@ -106,14 +106,16 @@ def named_barrier(operation: gl.constexpr, which, threads: gl.constexpr):
 
 
 @gluon.jit
-def await_turn(part: gl.constexpr):
-    named_barrier("sync", _TURN + part, 256)
+def await_turn(part: gl.constexpr, C: gl.constexpr):
+    if C.consumers > 1:
+        named_barrier("sync", _TURN + part, 256)
 
 
 @gluon.jit
 def end_turn(part: gl.constexpr, C: gl.constexpr):
     """The next consumer may start its products."""
-    named_barrier("arrive", _TURN + (part + 1) % C.consumers, 256)
+    if C.consumers > 1:
+        named_barrier("arrive", _TURN + (part + 1) % C.consumers, 256)
 
 
 @gluon.jit

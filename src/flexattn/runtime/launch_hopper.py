@@ -39,6 +39,7 @@ from flexattn.runtime.launch_triton import like_query, section
 from flexattn.runtime.tensor_map import TensorMap, takes
 
 _BOX_BYTES = 128  # of a row of a box: the widest swizzle
+_RESERVED = 1024  # bytes of shared memory that the hardware keeps of each CTA
 _MOST_SPILLED = 64  # bytes of local memory a thread
 
 
@@ -58,7 +59,7 @@ def prepare(call: Call) -> Prepared | Refusal:
                           call.want_lse, call.want_max_scores)
         found = function(plan.key, device, plan.source)
         assert found is not None
-        if found.binary.shared > shared_limit(device.index):
+        if not _fits(config, found.binary.shared, shared_limit(device.index)):
             continue
         if chosen is None or found.spilled_bytes < chosen[1].spilled_bytes:
             chosen = plan, found
@@ -68,6 +69,11 @@ def prepare(call: Call) -> Prepared | Refusal:
         return Refusal("no tile fits the shared memory")
     watch(code, call.score, call.mask)
     return _Forward(call, *chosen)
+
+
+def _fits(config: ForwardConfig, shared: int, limit: int) -> bool:
+    """Whether as many CTAs as intended share a multiprocessor's memory. limit: of a single one."""
+    return config.ctas * (shared + _RESERVED) <= limit + _RESERVED
 
 
 def out_of_place(query: Tensor) -> str | None:
@@ -201,7 +207,7 @@ class _Forward:
         self._sizes = [q.shape[2], k.shape[2], q.shape[0], q.shape[1], q.shape[1] // k.shape[1],
                        int(k.shape[0] > 1), row_tiles, section(call)]
         tiles = row_tiles * q.shape[0] * q.shape[1]
-        self._grid = (min(tiles, multiprocessors(q.get_device())), 1, 1)
+        self._grid = (min(tiles, config.ctas * multiprocessors(q.get_device())), 1, 1)
 
     def run(self, call: Call) -> Result:
         call = with_boxes(call)
