@@ -23,7 +23,8 @@ from flexattn.compile_triton import Binary, Target
 # Of a launch, as the driver takes it: grid, block, bytes of shared memory; stream; attributes.
 _CONFIG = struct.Struct("<7I4xQQI4x")
 _SHARED_WITHOUT_ASKING = 48 * 1024
-_MAX_DYNAMIC_SHARED, _LOCAL_BYTES, _REGISTERS = 8, 3, 4  # attributes of a function
+_LOCAL_BYTES, _REGISTERS = 3, 4  # attributes of a function
+_MAX_DYNAMIC_SHARED, _CARVEOUT = 8, 9  # the latter: percent of what it shares with the cache
 
 
 class _Driver:
@@ -128,8 +129,9 @@ class Function:
                                                   binary.name.encode()), "finding")
             asks = _SHARED_WITHOUT_ASKING < binary.shared <= shared_limit(device)
             if asks and torch.version.hip is None:  # what does not fit is never launched
-                self._check(self._driver.set_attribute(self._handle, _MAX_DYNAMIC_SHARED,
-                                                       binary.shared), "shared memory for")
+                for attribute, value in ((_MAX_DYNAMIC_SHARED, binary.shared), (_CARVEOUT, 100)):
+                    self._check(self._driver.set_attribute(self._handle, attribute, value),
+                                "shared memory for")
         self._struct = struct.Struct(binary.layout)
         self._block = ctypes.create_string_buffer(self._struct.size)
         places = _offsets(binary.layout)
