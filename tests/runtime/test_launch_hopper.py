@@ -8,7 +8,7 @@ import torch
 from flexattn.kernels.hopper_config import forward_configs
 from flexattn.runtime.call import Call
 from flexattn.runtime.gpu_launch import Refusal
-from flexattn.runtime.launch_hopper import crowded, prepare, with_boxes
+from flexattn.runtime.launch_hopper import crowded, prepare, short_rows, with_boxes
 from flexattn.runtime.tensor_map import takes
 from flexattn.trace import specialize, trace_mask_mod, trace_score_mod
 
@@ -19,7 +19,7 @@ def test_other_devices_are_refused():
     assert isinstance(refused, Refusal) and "sm_90" in refused.reason
 
 
-SLOPES = torch.ones(4)
+SLOPES, DOCUMENT = torch.ones(4), torch.zeros(4096, dtype=torch.int32)
 
 
 def alibi(score, b, h, q_idx, kv_idx):
@@ -49,6 +49,23 @@ def test_mods_that_three_consumers_do_not_hold(score_mod, mask_mod, fold_scale, 
     assert crowded(call, fold_scale) is expected
     tiles = [c.consumers for c in forward_configs(64, 64, fold_scale, expected)]
     assert tiles == ([2, 2] if expected else [3, 2, 2])
+
+
+def documents(b, h, q_idx, kv_idx):
+    return (DOCUMENT[q_idx] == DOCUMENT[kv_idx]) & (q_idx >= kv_idx)
+
+
+def documents_or_near(b, h, q_idx, kv_idx):
+    return (DOCUMENT[q_idx] == DOCUMENT[kv_idx]) | (q_idx - kv_idx < 64)
+
+
+@pytest.mark.parametrize("mask_mod, kv_len, expected", [
+    (None, 1024, True), (None, 1025, False), (causal, 1024, True), (causal, 4096, False),
+    (window, 4096, False), (documents, 4096, True), (documents_or_near, 4096, False)])
+def test_rows_of_few_blocks(mask_mod, kv_len, expected):
+    q = torch.empty(1, 4, kv_len, 64, dtype=torch.bfloat16)
+    mask = mask_mod and specialize(trace_mask_mod(mask_mod))
+    assert short_rows(Call(q, q, q, 1.0, None, mask)) is expected
 
 
 @pytest.mark.parametrize("tensor, taken", [

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from flexattn.compile_triton import Source, load
-from flexattn.ir.ops import COMPARISON
+from flexattn.ir.ops import COMPARISON, Op
 from flexattn.kernels.hopper_config import ForwardConfig, forward_configs
-from flexattn.lower.separate import TILE, levels
+from flexattn.lower.separate import COLUMNS, ROWS, TILE, levels
 from flexattn.runtime.call import Call, Result
 from flexattn.runtime.gpu_driver import (
     Function,
@@ -40,6 +40,7 @@ from flexattn.runtime.tensor_map import TensorMap, takes
 
 _BOX_BYTES = 128  # of a row of a box: the widest swizzle
 _RESERVED = 1024  # bytes of shared memory that the hardware keeps of each CTA
+_FEW_KEYS = 1024
 _MOST_SPILLED = 64  # bytes of local memory a thread
 
 
@@ -54,7 +55,7 @@ def prepare(call: Call) -> Prepared | Refusal:
     fold = (call.score is None or code.sloped) and call.scale > 0
     chosen = None
     for config in forward_configs(call.query.shape[-1], call.value.shape[-1], fold,
-                                  crowded(call, fold)):
+                                  crowded(call, fold), short_rows(call)):
         plan = HopperPlan(config, code, call.query.dtype, call.block_mask is not None,
                           call.want_lse, call.want_max_scores)
         found = function(plan.key, device, plan.source)
@@ -110,6 +111,22 @@ def crowded(call: Call, fold_scale: bool) -> bool:
     if call.score is None or fold_scale:
         return compared > 1
     return compared > 1 or bool(call.score.graph.inputs() & {"q_idx", "kv_idx"})
+
+
+def short_rows(call: Call) -> bool:
+    """Whether rows have few blocks of keys, as far as that is known without waiting for the device:
+    there are few keys, or the mask wants something of rows and of columns to be equal, as masks of
+    documents do."""
+    if call.key.shape[2] <= _FEW_KEYS:
+        return True
+    if call.mask is None:
+        return False
+    level = levels(call.mask.graph.nodes)
+    wanted = [call.mask.graph.output("mask")]
+    for n in wanted:
+        if n.op is Op.AND:
+            wanted += n.args
+    return any(n.op is Op.EQ and {level[a] for a in n.args} == {ROWS, COLUMNS} for n in wanted)
 
 
 def with_boxes(call: Call) -> Call:
