@@ -22,7 +22,7 @@ from flexattn.errors import ArgumentError, DeviceError, DtypeError, ShapeError, 
 from flexattn.runtime import operator
 from flexattn.runtime.autograd import attend
 from flexattn.runtime.call import Call, Result
-from flexattn.trace import Mod, specialize, trace_score_mod
+from flexattn.trace import Mod, memo
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -170,8 +170,8 @@ def _call(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable | Mod |
           options: Mapping[str, Any]) -> Call:
     """Integrations that know what their mods capture give a Mod, traced once."""
     mask = None if block_mask is None else block_mask.traced(query.device)
-    score = score_mod if score_mod is None or isinstance(score_mod, Mod) else specialize(
-        trace_score_mod(score_mod, score_dtype(query), query.device))
+    score = score_mod if score_mod is None or isinstance(score_mod, Mod) else memo.score_mod(
+        score_mod, score_dtype(query), query.device)
     return Call(query, key, value, scale, score, mask, block_mask, aux.lse, aux.max_scores,
                 options)
 

@@ -36,7 +36,7 @@ from flexattn.block_mask.listing import Listings, checked_lists, kinds_of_lists
 from flexattn.block_mask.moved import inside_blocks, joined, negated, sliced
 from flexattn.errors import ArgumentError, MaskMismatchError, ShapeError, message
 from flexattn.pictures.methods import Pictures
-from flexattn.trace import Mod, specialize, trace_mask_mod
+from flexattn.trace import Mod, memo
 
 
 class BlockMask(Listings, Pictures):
@@ -90,7 +90,7 @@ class BlockMask(Listings, Pictures):
     def traced(self, device: torch.device) -> Mod:
         """The traced mask of the elements of partial blocks, of this mask and of all its
         regrids."""
-        return specialize(trace_mask_mod(self.element_mod(), device))
+        return memo.mask_mod(self.element_mod(), device)
 
     def regrid(self, tile_q: int, tile_kv: int) -> BlockMask:
         """This mask in blocks of tile_q x tile_kv tokens, by proof; the same object for the same
@@ -134,7 +134,7 @@ class BlockMask(Listings, Pictures):
 
     def _runs(self, mask_mod: MaskMod, shape: tuple[int, int, int, int], blocks: tuple[int, int]
               ) -> RunTable:
-        mod = specialize(trace_mask_mod(mask_mod, self.device))
+        mod = memo.mask_mod(mask_mod, self.device)
         return mask_runs(mod, grid_of(mod, *shape, *blocks), self.device)
 
     # What it is

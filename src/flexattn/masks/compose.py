@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import and_, or_
-
 from torch import Tensor
 
 from flexattn.errors import ArgumentError, message
@@ -21,10 +18,14 @@ def and_masks(*mask_mods: MaskMod) -> MaskMod:
 
     Errors: ArgumentError for a mask that is no function.
     """
-    masks = _functions(mask_mods) or (noop_mask,)
+    first, *rest = _functions(mask_mods) or (noop_mask,)
+    others = tuple(rest)
 
     def mask(b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Tensor:
-        return reduce(and_, (mod(b, h, q_idx, kv_idx) for mod in masks))
+        attended = first(b, h, q_idx, kv_idx)
+        for mod in others:
+            attended = attended & mod(b, h, q_idx, kv_idx)
+        return attended
 
     return mask
 
@@ -34,10 +35,14 @@ def or_masks(*mask_mods: MaskMod) -> MaskMod:
 
     Errors: ArgumentError for a mask that is no function.
     """
-    masks = _functions(mask_mods) or (_nothing,)
+    first, *rest = _functions(mask_mods) or (_nothing,)
+    others = tuple(rest)
 
     def mask(b: Index, h: Index, q_idx: Index, kv_idx: Index) -> Tensor:
-        return reduce(or_, (mod(b, h, q_idx, kv_idx) for mod in masks))
+        attended = first(b, h, q_idx, kv_idx)
+        for mod in others:
+            attended = attended | mod(b, h, q_idx, kv_idx)
+        return attended
 
     return mask
 

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from flexattn.errors import (
-    DeviceError,
-    DtypeError,
     TraceError,
     UnsupportedOpError,
     message,
@@ -26,6 +24,7 @@ from flexattn.ir.ops import COMPARISON, DTYPES, Op, dtype_name
 from flexattn.trace.refusals import (
     IN_PLACE,
     RANDOM,
+    check_capture,
     reject_random,
     reject_read,
     reject_write,
@@ -45,13 +44,15 @@ def python_type(value: Any) -> type:
 
 
 class Tape:
-    """entries: (op, dtype, args, attr); numbers: values of NUMBER's slots; captures: tensors."""
+    """entries: (op, dtype, args, attr); numbers: values of NUMBER's slots; captures: tensors;
+    asked: see Trace."""
 
     def __init__(self, device: torch.device, kind: str = "score") -> None:
         self.device, self.kind = device, kind
         self.entries: list[tuple[Op, torch.dtype, tuple[int, ...], Any]] = []
         self.numbers: list[Any] = []
         self.captures: list[Tensor] = []
+        self.asked: set[str] = set()
         self._slots: dict[int, int] = {}
 
     def record(self, op: Op, dtype: torch.dtype, args: tuple[int, ...], attr: Any = None) -> Proxy:
@@ -71,31 +72,11 @@ class Tape:
     def load(self, tensor: Tensor, indices: list[Proxy]) -> Proxy:
         slot = self._slots.get(id(tensor))
         if slot is None:
-            self._check(tensor)
+            check_capture(tensor, self.device, self.kind)
             slot = self._slots[id(tensor)] = len(self.captures)
             self.captures.append(tensor)
         args = tuple([self.cast(i, torch.int64).index for i in indices])
         return self.record(Op.LOAD, tensor.dtype, args, slot)
-
-    def _check(self, tensor: Tensor) -> None:
-        """A CPU scalar may be captured by a mod of another device, as in torch."""
-        what = f"A mod captures a tensor of shape {tuple(tensor.shape)} "
-        if tensor.device != self.device and (tensor.dim() or tensor.device.type != "cpu"):
-            raise DeviceError(message(what + "that is on another device.",
-                                      expected=str(self.device), got=str(tensor.device),
-                                      remedy=f"move it with .to('{self.device}')",
-                                      where=user_location()))
-        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
-            raise DtypeError(message(what + "of a type that mods cannot read.",
-                                     expected="a dense tensor of " + ", ".join(
-                                         sorted(map(dtype_name, DTYPES))),
-                                     got=f"{dtype_name(tensor.dtype)}, {tensor.layout}",
-                                     remedy="convert it outside of the mod",
-                                     where=user_location()))
-        if tensor.requires_grad and self.kind == "mask":
-            raise TraceError(message("A mask_mod" + what[5:] + "that requires grad, but a mask has "
-                                     "no gradient.", remedy="capture tensor.detach(), or use a "
-                                     "score_mod", where=user_location()))
 
     def wrap(self, value: Any) -> Proxy:
         if isinstance(value, Proxy):

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
+from torch import Tensor
+
 from flexattn.errors import (
     ControlFlowError,
+    DeviceError,
+    DtypeError,
     TraceError,
     UnsupportedOpError,
     message,
     user_location,
 )
+from flexattn.ir.ops import DTYPES, dtype_name
 
 RANDOM = frozenset({"rand", "randn", "randint", "rand_like", "randn_like", "randint_like",
                     "bernoulli", "dropout", "multinomial", "normal", "randperm", "uniform_"})
@@ -45,3 +51,26 @@ def reject_write(what: str) -> NoReturn:
 def reject_random(what: str) -> NoReturn:
     raise TraceError(message(f"A mod draws random numbers ({what}).", remedy="make the random "
                              "tensor outside of the mod and capture it", where=user_location()))
+
+
+def check_capture(tensor: Tensor, device: torch.device, kind: str) -> None:
+    """Of a score or mask mod on a device. A CPU scalar may be captured by a mod of another device,
+    as in torch."""
+    if tensor.device != device and (tensor.dim() or tensor.device.type != "cpu"):
+        raise DeviceError(message(_captured(tensor) + "that is on another device.",
+                                  expected=str(device), got=str(tensor.device),
+                                  remedy=f"move it with .to('{device}')", where=user_location()))
+    if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
+        raise DtypeError(message(_captured(tensor) + "of a type that mods cannot read.",
+                                 expected="a dense tensor of " + ", ".join(
+                                     sorted(map(dtype_name, DTYPES))),
+                                 got=f"{dtype_name(tensor.dtype)}, {tensor.layout}",
+                                 remedy="convert it outside of the mod", where=user_location()))
+    if tensor.requires_grad and kind == "mask":
+        raise TraceError(message(_captured(tensor, "mask_mod") + "that requires grad, but a mask "
+                                 "has no gradient.", remedy="capture tensor.detach(), or use a "
+                                 "score_mod", where=user_location()))
+
+
+def _captured(tensor: Tensor, mod: str = "mod") -> str:
+    return f"A {mod} captures a tensor of shape {tuple(tensor.shape)} "

@@ -28,6 +28,7 @@ from flexattn.ir.graph import Capture, Graph, Node, cast, const, node
 from flexattn.ir.mod import Mod
 from flexattn.ir.ops import INDEX_INPUTS, Op, dtype_name
 from flexattn.ir.simplify import simplify
+from flexattn.trace.compositions import COMPOSED
 from flexattn.trace.proxy import (
     NUMBERS,
     Proxy,
@@ -45,12 +46,17 @@ Number = bool | int | float
 @dataclass(frozen=True)
 class Trace:
     """key: the skeleton (kind, operations, types). numbers: the value of each Python number at
-    each occurrence. captures: the captured tensors, in order of first use."""
+    each occurrence. captures: the captured tensors, in order of first use. asked: names of what
+    torch was asked of other than scalars, such as the shape of a captured tensor."""
 
     kind: str
     key: tuple
     numbers: tuple[Number, ...]
     captures: tuple[Tensor, ...]
+    asked: frozenset[str] = frozenset()
+
+
+_READERS = frozenset(COMPOSED) | {"round"}  # their rules may look at an argument's value
 
 
 class _Mode(TorchFunctionMode):
@@ -60,10 +66,17 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         if contains_proxy(args) or (kwargs and contains_proxy(tuple(kwargs.values()))):
+            if kwargs or name in _READERS:
+                given = (*args, *kwargs.values())
+                self.tape.asked |= {name for value in given if isinstance(value, Tensor)}
             return call_on_proxies(self.tape, func, args, kwargs)
-        made = untraced(self.tape, getattr(func, "__name__", ""), args, kwargs)
-        return func(*args, **kwargs) if made is None else made
+        made = untraced(self.tape, name, args, kwargs)
+        if made is not None:
+            return made
+        self.tape.asked.add(func.__self__.__name__ if name == "__get__" else name)
+        return func(*args, **kwargs)
 
 
 def untraced(tape: Tape, name: str, args: tuple, kwargs: dict) -> Proxy | None:
@@ -154,11 +167,11 @@ def definition(fn: Any) -> Location | None:
 def _finish(kind: str, tape: Tape, result: Proxy) -> Trace:
     kinds = tuple((t.dim(), t.dtype, t.requires_grad) for t in tape.captures)
     return Trace(kind, (kind, result.index, kinds, tuple(tape.entries)), tuple(tape.numbers),
-                 tuple(tape.captures))
+                 tuple(tape.captures), frozenset(tape.asked))
 
 
 @dataclass
-class _Skeleton:
+class Skeleton:
     """What was seen of one trace key: the first numbers, and which slots varied since."""
 
     numbers: tuple[Number, ...]
@@ -166,7 +179,13 @@ class _Skeleton:
     graphs: dict[frozenset[int], Graph] = field(default_factory=dict)
 
 
-_skeletons: dict[tuple, _Skeleton] = {}
+_skeletons: dict[tuple, Skeleton] = {}
+
+
+def skeleton_of(trace: Trace) -> Skeleton:
+    """What was seen of the trace's key; of this trace first, where nothing was."""
+    seen = _skeletons.get(trace.key)
+    return seen or _skeletons.setdefault(trace.key, Skeleton(trace.numbers))
 
 
 def specialize(trace: Trace, symbolic: frozenset[int] = frozenset()) -> Mod:
@@ -181,9 +200,7 @@ def specialize(trace: Trace, symbolic: frozenset[int] = frozenset()) -> Mod:
         %2 = le bool %0 %1
         return mask: %2
     """
-    seen = _skeletons.get(trace.key)
-    if seen is None:
-        seen = _skeletons.setdefault(trace.key, _Skeleton(trace.numbers))
+    seen = skeleton_of(trace)
     same = all(map(is_, seen.numbers, trace.numbers))  # as constants of one function are
     if not same and repr(seen.numbers) != repr(trace.numbers):  # 0.0 is not -0.0; NaN is itself
         pairs = zip(seen.numbers, trace.numbers, strict=True)
