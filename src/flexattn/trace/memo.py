@@ -93,10 +93,12 @@ def _watched() -> bool:
 
 
 def _look(key: tuple) -> Any:
-    with _lock:
-        found = _kept.get(key)
-        if found is not None:
+    found = _kept.get(key)
+    if found is not None:
+        try:
             _kept.move_to_end(key)
+        except KeyError:  # another thread's mods needed the room
+            pass
     return found
 
 

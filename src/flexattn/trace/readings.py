@@ -107,24 +107,31 @@ class Readings:
                     value = getattr(builtins, name, _NONE)
             else:
                 value = owner
-            if attributes:
-                value = self._attributes(value, attributes)
-            self._value(value)
-        self._value(fn.__defaults__)
-        self._value(tuple(fn.__kwdefaults__.items()) if fn.__kwdefaults__ else None)
+            self._value(self._attributes(value, attributes) if attributes else value)
+        defaults, by_name = fn.__defaults__, fn.__kwdefaults__
+        self.key.append(bool(defaults) + 2 * bool(by_name))
+        if defaults:
+            self._value(defaults)
+        if by_name:
+            self._value(tuple(by_name.items()))
         self._depth -= 1
 
     def _attributes(self, value: Any, names: tuple[str, ...]) -> Any:
         """Follows names through modules and objects; those of a tensor or a number are part of the
         code."""
-        for i, name in enumerate(names):
-            if type(value) in _TENSORS or type(value) in (int, float):
-                if not VALUES.issuperset(names[i:]):
+        followed = 0
+        for name in names:
+            kind = type(value)
+            if kind is ModuleType:
+                value = value.__dict__.get(name, _NONE)
+            elif kind in _TENSORS or kind is int or kind is float:
+                if not VALUES.issuperset(names[followed:]):
                     raise Unknown
-                self.key.append(i)
-                return value
-            value = _attribute(value, name)
-        self.key.append(len(names))
+                break
+            else:
+                value = _attribute(value, name)
+            followed += 1
+        self.key.append(followed)
         return value
 
 
@@ -138,8 +145,6 @@ def _captured(fn: FunctionType, name: str) -> Any:
 def _attribute(owner: Any, name: str) -> Any:
     """owner.name, where that runs nobody's code."""
     kind = type(owner)
-    if kind is ModuleType:
-        return vars(owner).get(name, _NONE)
     own = getattr(owner, "__dict__", _NONE)
     if kind.__getattribute__ is not object.__getattribute__ or type(own) is not dict:
         raise Unknown
