@@ -8,6 +8,7 @@ bounds: the last block of the keys where that is ragged and attended, else a par
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,6 +32,11 @@ class HopperTable:
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.order, self.rows, self.runs
+
+    @cached_property
+    def values(self) -> tuple[int, ...]:
+        """What a launch is given of it."""
+        return *(t.data_ptr() for t in self.tensors), self.batches, self.heads
 
 
 _made: WeakKeyDictionary[BlockMask, dict[tuple, HopperTable]] = WeakKeyDictionary()

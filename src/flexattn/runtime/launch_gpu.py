@@ -148,7 +148,7 @@ def _key(call: Call) -> tuple:
     """Everything that a prepared launch depends on."""
     q, k, v = call.query, call.key, call.value
     return (q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype,
-            q.get_device(), (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15, call.scale,
+            q.get_device(), q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15, call.scale,
             call.want_lse, call.want_max_scores, mod_key(call.score), mod_key(call.mask),
             _mask_key(call), q.dtype is torch.float32
             and torch.get_float32_matmul_precision())

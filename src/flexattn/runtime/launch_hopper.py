@@ -49,7 +49,7 @@ def prepare(call: Call) -> Prepared | Refusal:
     reason = _refused(call)
     if reason is not None:
         return Refusal(reason)
-    call = with_boxes(call)
+    given, call = call, with_boxes(call)
     code = mod_code(call, "cuda")
     device = call.query.device
     fold = (call.score is None or code.sloped) and call.scale > 0
@@ -69,7 +69,7 @@ def prepare(call: Call) -> Prepared | Refusal:
     if chosen is None:
         return Refusal("no tile fits the shared memory")
     watch(code, call.score, call.mask)
-    return _Forward(call, *chosen)
+    return _Forward(call, *chosen, copied=call is not given)
 
 
 def _fits(config: ForwardConfig, shared: int, limit: int) -> bool:
@@ -193,6 +193,7 @@ def descriptor_type(kind: str, rows: int, columns: int) -> str:
 
 
 _GLUON_TYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+_VARIES = object()  # among a launch's values, for one that the prepared call does not know
 _COUNTER_BYTES = 8
 _counters: dict[tuple[int, int], int] = {}
 
@@ -212,9 +213,11 @@ def _counter(tensor: Tensor, stream: int) -> Tensor | int:
 class _Forward:
     """A prepared call."""
 
-    def __init__(self, call: Call, plan: HopperPlan, function: Function) -> None:
+    def __init__(self, call: Call, plan: HopperPlan, function: Function, copied: bool) -> None:
+        """copied: whether calls that agree with this one have tensors that TMA does not take."""
         q, k, v = call.query, call.key, call.value
         self.plan, self.function, config = plan, function, plan.config
+        self._copied = copied
         box = _BOX_BYTES // q.element_size()
         self._maps = [TensorMap(t, rows, min(columns, box)) for t, rows, columns in (
             (q, 64, config.head_chunk), (k, config.tile_kv, config.head_chunk),
@@ -225,28 +228,49 @@ class _Forward:
                        int(k.shape[0] > 1), row_tiles, section(call)]
         tiles = row_tiles * q.shape[0] * q.shape[1]
         self._grid = (min(tiles, config.ctas * multiprocessors(q.get_device())), 1, 1)
+        self._values, self._slots = self._template(call)
+
+    def _template(self, call: Call) -> tuple[list[Any], list[int]]:
+        """The values of a launch, and the places of those that vary from call to call."""
+        out = like_query(call.query, call.value.shape[-1])
+        values: list[Any] = []
+        for facts in self._heads:
+            values += [_VARIES, *facts]
+        values += [_VARIES, *out.stride()[:3], out.shape[3]]
+        values += [_VARIES] * (call.want_lse + call.want_max_scores) + self._sizes
+        table = self._table(call)
+        if table is not None:
+            values += [_VARIES] * len(table.values)
+        values += [_VARIES if isinstance(x, Tensor) else x
+                   for x in argument_values(self.plan.code, call.score, call.mask)]
+        values += [_VARIES, call.scale]
+        values += [0] * (self.function.parameters - len(values))  # what Triton adds
+        return values, [i for i, x in enumerate(values) if x is _VARIES]
 
     def run(self, call: Call) -> Result:
-        call = with_boxes(call)
+        if self._copied:
+            call = with_boxes(call)
         q = call.query
         out = like_query(q, call.value.shape[-1])
         lse, max_scores = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
                            if wanted else None for wanted in (call.want_lse, call.want_max_scores))
         stream = stream_of(q)
         counter = _counter(q, stream)
-        values: list[Any] = []
-        for t, made, facts in zip((q, call.key, call.value), self._maps, self._heads, strict=True):
-            values += [made.at(t.data_ptr()), *facts]
-        values += [out.data_ptr(), *out.stride()[:3], out.shape[3]]
-        values += [t.data_ptr() for t in (lse, max_scores) if t is not None]
-        values += self._sizes
+        varying: list[Any] = [
+            made.at(t.data_ptr())
+            for t, made in zip((q, call.key, call.value), self._maps, strict=True)]
+        varying += [t.data_ptr() for t in (out, lse, max_scores) if t is not None]
         table = self._table(call)
         if table is not None:
-            values += [*(t.data_ptr() for t in table.tensors), table.batches, table.heads]
-        values += [x.data_ptr() if isinstance(x, Tensor) else x
-                   for x in (*argument_values(self.plan.code, call.score, call.mask), counter)]
-        values.append(call.scale)
-        values += [0] * (self.function.parameters - len(values))  # what Triton adds
+            varying += table.values
+        varying.append(self.plan.code.flag.data_ptr())
+        for mod in (call.score, call.mask):
+            if mod is not None:
+                varying += [t.data_ptr() for t in mod.captures]
+        varying.append(counter.data_ptr() if isinstance(counter, Tensor) else counter)
+        values = self._values.copy()
+        for slot, value in zip(self._slots, varying, strict=True):
+            values[slot] = value
         self.function.launch(self._grid, values, stream)
         return Result(out, lse, max_scores)
 
