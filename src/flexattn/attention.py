@@ -78,8 +78,9 @@ def flex_attention(
             for torch runs. Results do not depend on them.
         return_aux: AuxRequest(lse, max_scores); the result is then (out, AuxOutput).
 
-    Under autocast, query, key and value are cast as scaled_dot_product_attention's. In eager mode
-    mods are traced on every call; under torch.compile once for what Dynamo guards on.
+    Under autocast, query, key and value are cast as scaled_dot_product_attention's. In eager mode a
+    mod is traced again when anything it reads has changed, or when that cannot be told; under
+    torch.compile once for what Dynamo guards on.
 
     Returns: out [B, Hq, Q, Dv] in query's dtype; (out, lse) or (out, AuxOutput) on request. A
         fully masked row has out 0 and lse -inf.

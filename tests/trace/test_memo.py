@@ -1,11 +1,9 @@
-"""A mod is traced again exactly when something it reads has changed or cannot be told."""
+"""A mod is traced again when anything it reads has changed, and known otherwise."""
 
 import gc
 import math
-import random
 import threading
 import types
-import warnings
 import weakref
 from functools import partial
 
@@ -14,35 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as torch_flex
-from torch.overrides import TorchFunctionMode
 
 import flexattn
 from flexattn import masks, mods
 from flexattn.errors import FlexAttnError
-from flexattn.trace import memo, specialize, trace_mask_mod, trace_score_mod, tracer
+from flexattn.trace import memo, specialize, trace_mask_mod
 from tests.properties import random_mods
-
-CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def traces(monkeypatch):
-    """Every mod that is traced, in an empty memory."""
-    traced = []
-    for name in ("trace_score_mod", "trace_mask_mod"):
-        monkeypatch.setattr(memo, name, lambda fn, *args, name=name: (
-            traced.append(fn), getattr(tracer, name)(fn, *args))[1])
-    memo._kept.clear()
-    return traced
-
-
-def score(fn, dtype=torch.float32):
-    """The memo's mod, which has to be the one that tracing gives now."""
-    got, want = memo.score_mod(fn, dtype, CPU), specialize(trace_score_mod(fn, dtype, CPU))
-    assert got.graph is want.graph
-    assert repr(got.numbers) == repr(want.numbers)
-    assert list(map(id, got.captures)) == list(map(id, want.captures))
-    return got
+from tests.trace.remembered import CPU, GRID, TABLE, Holder, score
 
 
 def hits(fn, traced, **kwargs):
@@ -92,22 +68,6 @@ def test_this_calls_tensors_are_bound(traces):
     assert len(traces) == 1
 
 
-class Holder:
-    scale = 2.0
-
-    def __init__(self, window, table):
-        self.window, self.table = window, table
-
-    def mod(self, s, b, h, i, j):
-        return torch.where(i - j < self.window, s * self.scale, self.table[h])
-
-    def __call__(self, s, b, h, i, j):
-        return s * self.scale + self.table[h]
-
-    def __add__(self, other):
-        return other + self.window
-
-
 class Layer(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -154,7 +114,6 @@ def doubled(mod):
     return lambda *args: 2 * mod(*args)
 
 
-TABLE, GRID, SCALAR = torch.randn(33), torch.randn(4, 8), torch.tensor(2.0)
 KNOWN = {
     "helper": uses_helper, "keyword": by_keyword, "partial": partial(by_keyword, weight=3.0),
     "default": flags, "nested": nested, "loop": loops, "decorated": doubled(uses_helper),
@@ -296,8 +255,11 @@ def test_an_attribute_of_a_module(traces):
     assert len(traces) == 3
 
 
-@pytest.mark.parametrize("of", [lambda o: o.mod, lambda o: o,
-                                lambda o: lambda s, b, h, i, j: s * o.scale + o.window + o.table[h]])
+def captures(owner):
+    return lambda s, b, h, i, j: s * owner.scale + owner.window + owner.table[h]
+
+
+@pytest.mark.parametrize("of", [lambda o: o.mod, lambda o: o, captures])
 def test_attributes_of_an_object(of, traces):
     owner = Holder(3, TABLE)
     score(of(owner))
@@ -335,154 +297,6 @@ def test_dtypes(traces):
     finally:
         torch.set_default_dtype(torch.float32)
     assert len(traces) == 3
-
-
-# What is never known
-
-
-class Observed:
-    @property
-    def window(self):
-        return 3
-
-
-class Lazy:
-    def __getattr__(self, name):
-        return 3
-
-
-STATE, SETTINGS, DRAWS = [1.0], {"scale": 2.0}, iter(range(10**9))
-COUNT = 0
-
-
-def counts(s, b, h, i, j):
-    global COUNT
-    COUNT += 1
-    return s
-
-
-def imports(s, b, h, i, j):
-    import math as m
-
-    return s * m.pi
-
-
-def tries(s, b, h, i, j):
-    try:
-        return s * 2
-    except ValueError:
-        return s
-
-
-def with_grad(s, b, h, i, j):
-    with torch.enable_grad():
-        return s * 2
-
-
-def writes(s, b, h, i, j):
-    STATE[0] = 2.0
-    return s
-
-
-def recursive(s, b, h, i, j, depth=3):
-    return s if depth == 0 else recursive(s + 1, b, h, i, j, depth - 1)
-
-
-def added(s, b, h, i, j, owner=Holder(3, TABLE)):
-    return owner + s
-
-
-def identical(s, b, h, i, j, x=1000.5):
-    return s if x is STATE[0] else -s
-
-
-UNKNOWN = {
-    "list": lambda s, b, h, i, j: s * STATE[0], "dict": lambda s, b, h, i, j: s * SETTINGS["scale"],
-    "random": lambda s, b, h, i, j: s * random.random(),
-    "iterator": lambda s, b, h, i, j: s + next(DRAWS),
-    "property": lambda s, b, h, i, j, o=Observed(): s + o.window,
-    "getattr": lambda s, b, h, i, j, o=Lazy(): s + o.window,
-    "builtin with state": lambda s, b, h, i, j: s + len(STATE),
-    "state of torch": lambda s, b, h, i, j: s + torch.get_num_threads(),
-    "address": lambda s, b, h, i, j: s + TABLE.data_ptr() % 2,
-    "bound builtin": (lambda size: lambda s, b, h, i, j: s + size())(TABLE.dim),
-    "print": lambda s, b, h, i, j: (print(end=""), s)[1],
-    "new tensor": lambda s, b, h, i, j: s + (TABLE * 2)[j],
-    "unused new tensor": lambda s, b, h, i, j: (TABLE.sum(), s)[1],
-    "value in a rule": lambda s, b, h, i, j: torch.nan_to_num(s, nan=SCALAR),
-    "loaded tensor": lambda s, b, h, i, j: s + TABLE[0] * TABLE[1],
-    "nn.Module": lambda s, b, h, i, j, f=torch.nn.ReLU(): f(s),
-    **{fn.__name__: fn for fn in (counts, imports, tries, with_grad, writes, added, identical)},
-}
-
-
-@pytest.mark.parametrize("mod", UNKNOWN.values(), ids=UNKNOWN)
-def test_unknown(mod, traces):
-    for _ in range(3):
-        memo.score_mod(mod, torch.float32, CPU)
-    assert len(traces) == 3
-    assert not memo._kept
-
-
-def test_a_value_that_a_rule_reads_is_read_again(traces):
-    unknown = torch.tensor(0.0)
-
-    def mod(s, b, h, i, j):
-        return torch.nan_to_num(s, nan=unknown)
-
-    for value in (0.0, 2.0, 0.0):
-        unknown.fill_(value)
-        score(mod)
-
-
-def test_recursion(traces):
-    score(recursive)
-    score(recursive)
-    assert len(traces) == 2
-
-
-class Watching(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
-class Named(torch.Tensor):
-    pass
-
-
-def test_modes_transforms_and_subclasses(traces):
-    def mod(s, b, h, i, j):
-        return s + TABLE[j]
-
-    with Watching():
-        memo.score_mod(mod, torch.float32, CPU)
-    torch.vmap(lambda x: (memo.score_mod(mod, torch.float32, CPU), x)[1])(torch.ones(2))
-    named = TABLE.as_subclass(Named)
-    memo.score_mod(lambda s, b, h, i, j: s + named[j], torch.float32, CPU)
-    assert len(traces) == 3
-    assert not memo._kept
-
-
-def test_errors_are_raised_every_time(traces):
-    def mod(s, b, h, i, j):
-        return s if s > 0 else -s
-
-    for _ in range(2):
-        with pytest.raises(FlexAttnError):
-            memo.score_mod(mod, torch.float32, CPU)
-    assert len(traces) == 2
-    assert not memo._kept
-
-
-def test_a_warning_is_given_every_time(traces):
-    def mod(s, b, h, i, j):
-        warnings.warn("look", UserWarning, stacklevel=1)
-        return s
-
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="look"):
-            memo.score_mod(mod, torch.float32, CPU)
-    assert len(traces) == 2
 
 
 # What is remembered

@@ -1,8 +1,9 @@
 """Block masks that cost a call little: for masks made by code that knows what it captured.
 
 In: a BlockMask whose mask_mod never changes what it captures, or such a mask_mod and few queries.
-Out: a BlockMask that is traced once (SettledMask), where others are at every call, and one that no
-block is looked at for (UndividedMask), where finding the empty ones costs more than it saves.
+Out: a BlockMask that is traced once (SettledMask), where of others it is looked at every call
+whether they have to be, and one that no block is looked at for (UndividedMask), where finding the
+empty ones costs more than it saves.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
@@ -94,11 +95,9 @@ def _watched() -> bool:
 
 def _look(key: tuple) -> Any:
     found = _kept.get(key)
-    if found is not None:
-        try:
+    if found is not None and len(_kept) > _MOST_KEPT // 2:  # else nothing has to go soon
+        with suppress(KeyError):  # another thread's mods needed the room
             _kept.move_to_end(key)
-        except KeyError:  # another thread's mods needed the room
-            pass
     return found
 
 

@@ -36,10 +36,10 @@ _NAMES = """
 _HARMLESS = frozenset(_NAMES.split())
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _OF_A_VARIABLE = frozenset({"LOAD_DEREF", "STORE_DEREF", "DELETE_DEREF"})
-# Of a traced scalar, a captured tensor, a number or a torch.finfo: nothing that depends on what
-# is in a tensor or where it lies, as `data_ptr` does.
+# Of a traced scalar, a captured tensor, a number, a torch.finfo or a list made by the mod: nothing
+# that depends on what is in a tensor or where it lies, as `data_ptr` does.
 VALUES = frozenset(METHODS) | {"shape", "dtype", "device", "ndim", "dim", "size", "numel",
-                               "requires_grad", "eps", "tiny"}
+                               "requires_grad", "eps", "tiny", "append"}
 GLOBAL, CAPTURED, SELF = range(3)
 Read = tuple[int, str, tuple[str, ...]]
 
