@@ -24,6 +24,7 @@ from flexattn.runtime.autograd import attend
 from flexattn.runtime.call import Call, Result
 from flexattn.trace import Mod, memo
 
+_NAMES = ("query", "key", "value")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -189,21 +190,22 @@ def _our_mask(block_mask: Any) -> Any:
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
-    for name, t in (("query", query), ("key", key), ("value", value)):
+    for name, t in zip(_NAMES, (query, key, value), strict=True):
         if not isinstance(t, Tensor) or t.dim() != 4:
             raise ShapeError(message(f"{name} must be a 4-D tensor.",
                                      expected="[batch, heads, length, head_dim]",
                                      got=str(tuple(getattr(t, "shape", ())) or type(t).__name__),
                                      remedy="add a batch dimension with tensor[None]"))
-    if query.dtype not in _DTYPES or key.dtype != query.dtype or value.dtype != query.dtype:
+    dtype, device = query.dtype, query.device
+    if dtype not in _DTYPES or key.dtype is not dtype or value.dtype is not dtype:
         raise DtypeError(message("query, key and value must have one floating-point dtype.",
                                  expected="float32, bfloat16, float16 or float64",
-                                 got=f"{query.dtype}, {key.dtype}, {value.dtype}",
+                                 got=f"{dtype}, {key.dtype}, {value.dtype}",
                                  remedy="convert them with .to(dtype)"))
-    if key.device != query.device or value.device != query.device:
+    if key.device != device or value.device != device:
         raise DeviceError(message("query, key and value must be on one device.",
-                                  expected=str(query.device), got=f"{key.device}, {value.device}",
-                                  remedy=f".to('{query.device}')"))
+                                  expected=str(device), got=f"{key.device}, {value.device}",
+                                  remedy=f".to('{device}')"))
     _check_shapes(query, key, value, enable_gqa)
 
 

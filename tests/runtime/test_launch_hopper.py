@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexattn.kernels.hopper_config import forward_configs
+from flexattn.runtime import launch_gpu
 from flexattn.runtime.call import Call
 from flexattn.runtime.gpu_launch import Refusal
 from flexattn.runtime.launch_hopper import crowded, prepare, short_rows, with_boxes
@@ -17,6 +18,14 @@ def test_other_devices_are_refused():
     q = torch.randn(1, 2, 64, 64)
     refused = prepare(Call(q, q, q, 1.0))
     assert isinstance(refused, Refusal) and "sm_90" in refused.reason
+
+
+def test_calls_of_which_another_tensor_is_copied_are_told_apart():
+    room = torch.randn(2 * 64 * 64 + 1, dtype=torch.bfloat16)
+    taken, copied = (room[i:i + 2 * 64 * 64].view(1, 64, 2, 64).transpose(1, 2) for i in (0, 1))
+    assert takes(taken) and not takes(copied)
+    first, second = Call(taken, copied, taken, 1.0), Call(copied, taken, taken, 1.0)
+    assert launch_gpu._key(first) != launch_gpu._key(second)
 
 
 SLOPES, DOCUMENT = torch.ones(4), torch.zeros(4096, dtype=torch.int32)

@@ -160,7 +160,7 @@ def function(key: str, device: torch.device, build: Callable[[], Source]) -> Fun
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Makes the device the current one where it is not."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
+    if device.type == "cpu" or device.index == torch._C._cuda_getDevice():
         return _HERE
     return torch.cuda.device(device)
 

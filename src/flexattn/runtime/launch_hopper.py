@@ -228,11 +228,12 @@ class _Forward:
                        int(k.shape[0] > 1), row_tiles, section(call)]
         tiles = row_tiles * q.shape[0] * q.shape[1]
         self._grid = (min(tiles, config.ctas * multiprocessors(q.get_device())), 1, 1)
-        self._values, self._slots = self._template(call)
+        out = like_query(q, v.shape[-1])
+        self._out = out.shape, out.stride()
+        self._values, self._slots = self._template(call, out)
 
-    def _template(self, call: Call) -> tuple[list[Any], list[int]]:
+    def _template(self, call: Call, out: Tensor) -> tuple[list[Any], list[int]]:
         """The values of a launch, and the places of those that vary from call to call."""
-        out = like_query(call.query, call.value.shape[-1])
         values: list[Any] = []
         for facts in self._heads:
             values += [_VARIES, *facts]
@@ -251,7 +252,7 @@ class _Forward:
         if self._copied:
             call = with_boxes(call)
         q = call.query
-        out = like_query(q, call.value.shape[-1])
+        out = torch.empty_strided(*self._out, dtype=q.dtype, device=q.device)
         lse, max_scores = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
                            if wanted else None for wanted in (call.want_lse, call.want_max_scores))
         stream = stream_of(q)
