@@ -28,6 +28,13 @@ OBSERVED, LAZY, RELU, OWNER = Observed(), Lazy(), torch.nn.ReLU(), Holder(3, TAB
 COUNT = 0
 
 
+def sized(s):
+    return s * 2
+
+
+sized.size = 2
+
+
 def counts(s, b, h, i, j):
     global COUNT
     COUNT += 1
@@ -69,7 +76,16 @@ def identical(s, b, h, i, j, x=1000.5):
     return s if x is STATE[0] else -s
 
 
+def aliased(s, b, h, i, j):
+    f = sized
+    return f(s) + f.size
+
+
+MARKED = torch.randn(33)
+MARKED.eps = 0.5
+
 UNKNOWN = {
+    "mark of a tensor": lambda s, b, h, i, j: s + MARKED[j] + MARKED.eps,
     "list": lambda s, b, h, i, j: s * STATE[0], "dict": lambda s, b, h, i, j: s * SETTINGS["scale"],
     "random": lambda s, b, h, i, j: s * random.random(),
     "iterator": lambda s, b, h, i, j: s + next(DRAWS),
@@ -85,7 +101,8 @@ UNKNOWN = {
     "value in a rule": lambda s, b, h, i, j: torch.nan_to_num(s, nan=SCALAR),
     "loaded tensor": lambda s, b, h, i, j: s + TABLE[0] * TABLE[1],
     "nn.Module": lambda s, b, h, i, j: RELU(s),
-    **{fn.__name__: fn for fn in (counts, imports, tries, with_grad, writes, added, identical)},
+    **{fn.__name__: fn for fn in (counts, imports, tries, with_grad, writes, added, identical,
+                                 aliased)},
 }
 
 

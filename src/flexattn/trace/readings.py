@@ -68,7 +68,7 @@ class Readings:
             self.key += (kind, len(value))
             for each in value:
                 self._value(each)
-        elif kind is functools.partial:
+        elif kind is functools.partial and _is_plain(value):
             self.key += (kind, len(value.args), *value.keywords)
             for each in (value.func, *value.args, *value.keywords.values()):
                 self._value(each)
@@ -86,7 +86,7 @@ class Readings:
         if place is None:
             place = self._places[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
-            if tensor.layout is not torch.strided:
+            if tensor.layout is not torch.strided or not _is_plain(tensor):
                 raise Unknown
         self.key += (Tensor, place, tensor.dtype, tensor.dim(), tensor.device,
                      tensor.requires_grad)
@@ -95,7 +95,7 @@ class Readings:
         """owner: what a method is called on."""
         reads = reads_of(fn.__code__, owner is not _NONE)
         self._depth += 1
-        if reads is None or self._depth > _DEEPEST:
+        if reads is None or self._depth > _DEEPEST or not _is_plain(fn):
             raise Unknown
         self.key.append(reads)
         for where, name, attributes in reads.all:
@@ -159,6 +159,12 @@ def _attribute(owner: Any, name: str) -> Any:
         tables = [own[table] for table in ("_parameters", "_buffers", "_modules")]
         return next((table[name] for table in tables if name in table), _NONE)
     return shared
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether code that takes an attribute of it, which may be any of VALUES, gets none that was
+    put there."""
+    return not value.__dict__ or VALUES.isdisjoint(value.__dict__)
 
 
 def _of_class(kind: type, name: str) -> Any:

@@ -30,11 +30,14 @@ _NAMES = """
     POP_JUMP_IF_NONE POP_JUMP_IF_NOT_NONE POP_JUMP_FORWARD_IF_TRUE POP_JUMP_FORWARD_IF_FALSE
     POP_JUMP_BACKWARD_IF_TRUE POP_JUMP_BACKWARD_IF_FALSE POP_JUMP_FORWARD_IF_NONE
     POP_JUMP_FORWARD_IF_NOT_NONE POP_JUMP_BACKWARD_IF_NONE POP_JUMP_BACKWARD_IF_NOT_NONE
-    JUMP_IF_TRUE_OR_POP JUMP_IF_FALSE_OR_POP LOAD_ASSERTION_ERROR RAISE_VARARGS
+    JUMP_IF_TRUE_OR_POP JUMP_IF_FALSE_OR_POP LOAD_ASSERTION_ERROR RAISE_VARARGS RERAISE
     MAKE_FUNCTION SET_FUNCTION_ATTRIBUTE RETURN_GENERATOR YIELD_VALUE
 """
 _HARMLESS = frozenset(_NAMES.split())
 _ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
+_INTRINSICS = frozenset({3, 5, 6})  # a generator's end, +x, a list that becomes a tuple
+_LOADS = frozenset({"LOAD_FAST", "LOAD_FAST_BORROW"})
+_PAIRS = frozenset({"LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST_BORROW"})
 _OF_A_VARIABLE = frozenset({"LOAD_DEREF", "STORE_DEREF", "DELETE_DEREF"})
 # Of a traced scalar, a captured tensor, a number, a torch.finfo or a list made by the mod: nothing
 # that depends on what is in a tensor or where it lies, as `data_ptr` does.
@@ -94,13 +97,16 @@ def _reads(code: CodeType, captured: frozenset[str], own: str | None) -> Iterato
         if where is not None:
             chain = tuple(_attributes(steps[i + 1:]))
             taken = len(chain)
-            yield where, step.argval, chain
+            yield where, str(step.argval) if where != SELF else "", chain
         elif name in _ATTRIBUTE:
             if step.argval not in VALUES:
                 raise _Unknown
         elif name == "IS_OP":  # equal numbers may be one object or two
             before = steps[i - 1]
             if before.opname != "LOAD_CONST" or not isinstance(before.argval, bool | None):
+                raise _Unknown
+        elif name == "CALL_INTRINSIC_1":
+            if step.arg not in _INTRINSICS:
                 raise _Unknown
         elif name not in _HARMLESS and name not in _OF_A_VARIABLE:
             raise _Unknown
@@ -118,12 +124,12 @@ def _where(step: dis.Instruction, captured: frozenset[str], own: str | None) -> 
         if name != "LOAD_DEREF":
             raise _Unknown
         return CAPTURED
-    if own is not None and "FAST" in name and (
-            variable == own or (isinstance(variable, tuple) and own in variable)):
-        if name not in ("LOAD_FAST", "LOAD_FAST_BORROW"):
-            raise _Unknown
+    variables = variable if isinstance(variable, tuple) else (variable,)
+    if own is None or "FAST" not in name or own not in variables:
+        return None
+    if name in _LOADS or (name in _PAIRS and variables[0] != own):  # the last one's are taken
         return SELF
-    return None
+    raise _Unknown
 
 
 def _attributes(steps: list[dis.Instruction]) -> Iterator[str]:
