@@ -50,8 +50,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         result = kernels(call.query.device.type)[0](call._replace(want_lse=True))
         # Tensors are saved torch's way, which notices changes in place and lets hooks move them.
-        ctx.call = call.with_tensors([_NOTHING] * len(call.tensors))
-        ctx.save_for_backward(result.out, result.lse, *call.tensors)
+        given = call.tensors
+        ctx.call = call.with_tensors([_NOTHING] * len(given))
+        ctx.save_for_backward(result.out, result.lse, *given)
         if result.max_scores is not None:
             ctx.mark_non_differentiable(result.max_scores)
         return result.out, result.lse if call.want_lse else None, result.max_scores

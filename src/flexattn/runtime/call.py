@@ -35,8 +35,8 @@ class Call(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """query, key, value, what the score mod captures, what the mask mod captures."""
-        captures = [mod.captures for mod in (self.score, self.mask) if mod is not None]
-        return (self.query, self.key, self.value, *(t for each in captures for t in each))
+        return (self.query, self.key, self.value, *(self.score.captures if self.score else ()),
+                *(self.mask.captures if self.mask else ()))
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Call:
         """The same call of other tensors, in the order of `tensors`."""
@@ -44,7 +44,7 @@ class Call(NamedTuple):
         own = len(self.score.captures) if self.score else 0
         score = _with_captures(self.score, captures[:own])
         mask = _with_captures(self.mask, captures[own:])
-        return self._replace(query=query, key=key, value=value, score=score, mask=mask)
+        return Call(query, key, value, self.scale, score, mask, *self[6:])
 
 
 def _with_captures(mod: Mod | None, captures: Sequence[Tensor]) -> Mod | None:

@@ -83,7 +83,7 @@ def _traced(fn: Callable, context: tuple, trace: Callable[[], Trace]) -> Mod:
     captures = tuple([tensors[i] for i in kept.places])
     if kept.varying != kept.skeleton.varying:  # another of its numbers varies since
         return _keep(key, tensors, replace(kept.trace, captures=captures))
-    return Mod(kept.mod.graph, captures, kept.mod.numbers)
+    return Mod(kept.mod.graph, captures, kept.mod.numbers) if captures else kept.mod
 
 
 def _watched() -> bool:
