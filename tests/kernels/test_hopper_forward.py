@@ -59,11 +59,10 @@ CASES = {  # score mod, mask mod, head_dim, value_dim, dtype, number of the conf
 }
 SHORT_ROWS = {
     "documents 64, short": (None, documents, 64, 64, torch.bfloat16, 0),
-    "alibi causal 64, short": (alibi, causal, 64, 64, torch.bfloat16, 1),
-    "plain 96, short": (None, None, 96, 96, torch.float16, 0),
+    "alibi causal 64, short": (alibi, causal, 64, 64, torch.bfloat16, 0),
     "softcap 128, short": (softcap, None, 128, 128, torch.float16, 0),
     "documents 128, short": (None, documents, 128, 128, torch.bfloat16, 0),
-    "window 192/128, short": (None, window, 192, 128, torch.bfloat16, 0),
+    "window 64, short": (None, window, 64, 64, torch.bfloat16, 0),
 }
 
 
@@ -162,5 +161,5 @@ def test_configs():
                and c.consumers * c.consumer_registers + c.producer_registers
                <= (c.consumers + 1) * c.entry_registers
                for d in (64, 96, 128, 256) for c in forward_configs(d, d, True, short_rows=True))
-    assert forward_configs(64, 64, True, short_rows=True)[2:] == forward_configs(64, 64, True)
+    assert forward_configs(64, 64, True, short_rows=True)[1:] == forward_configs(64, 64, True)
     assert forward_configs(264, 64, True) == ()

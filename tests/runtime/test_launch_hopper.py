@@ -68,11 +68,12 @@ def documents_or_near(b, h, q_idx, kv_idx):
     return (DOCUMENT[q_idx] == DOCUMENT[kv_idx]) | (q_idx - kv_idx < 64)
 
 
-@pytest.mark.parametrize("mask_mod, kv_len, expected", [
-    (None, 1024, True), (None, 1025, False), (causal, 1024, True), (causal, 4096, False),
-    (window, 4096, False), (documents, 4096, True), (documents_or_near, 4096, False)])
-def test_rows_of_few_blocks(mask_mod, kv_len, expected):
-    q = torch.empty(1, 4, kv_len, 64, dtype=torch.bfloat16)
+@pytest.mark.parametrize("mask_mod, kv_len, head_dim, expected", [
+    (None, 512, 64, False), (causal, 2048, 64, True), (causal, 2048, 128, False),
+    (causal, 4096, 64, False), (window, 4096, 64, True), (window, 4096, 128, False),
+    (documents, 4096, 128, True), (documents_or_near, 4096, 128, False)])
+def test_rows_of_few_blocks(mask_mod, kv_len, head_dim, expected):
+    q = torch.empty(1, 4, kv_len, head_dim, dtype=torch.bfloat16)
     mask = mask_mod and specialize(trace_mask_mod(mask_mod))
     assert short_rows(Call(q, q, q, 1.0, None, mask)) is expected
 

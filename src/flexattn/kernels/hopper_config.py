@@ -78,10 +78,8 @@ _TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
 
 # The same for rows of few blocks -> (ctas, tile_kv, stages), of one consumer.
 _SHORT_ROWS: dict[tuple[int, int, int], tuple[tuple[int, int, int], ...]] = {
-    (1, 64, 64): ((3, 64, 3), (2, 128, 3)),
-    (3, 32, 128): ((2, 64, 3),),
+    (1, 64, 64): ((3, 64, 3),),
     (1, 128, 128): ((2, 64, 3),),
-    (3, 64, 128): ((2, 64, 2),),
 }
 
 

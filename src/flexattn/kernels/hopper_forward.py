@@ -260,7 +260,10 @@ def _store(part: gl.constexpr, tile, o, top, total, results, sizes, unit, to_bas
     empty = column(factor, o) == 0.0
     o = gl.where(empty, 0.0, o * column(factor, o))
     kind: gl.constexpr = results.out.dtype.element_ty
-    o = unpacked(gathered(packed(o, kind)), kind, layout)
+    if C.ctas > 1:
+        o = unpacked(gathered(packed(o, kind)), kind, layout)
+    else:  # through shared memory, which is faster but leaves room for one CTA
+        o = gl.convert_layout(o.to(kind), layout)
     first_row = tile.row * C.tile_q + part * QUERIES
     row = first_row + gl.arange(0, QUERIES, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, C.value_dim, layout=gl.SliceLayout(0, layout))

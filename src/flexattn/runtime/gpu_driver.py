@@ -129,9 +129,7 @@ class Function:
                                                   binary.name.encode()), "finding")
             asks = _SHARED_WITHOUT_ASKING < binary.shared <= shared_limit(device)
             if asks and torch.version.hip is None:  # what does not fit is never launched
-                for attribute, value in ((_MAX_DYNAMIC_SHARED, binary.shared), (_CARVEOUT, 100)):
-                    self._check(self._driver.set_attribute(self._handle, attribute, value),
-                                "shared memory for")
+                self._set(_MAX_DYNAMIC_SHARED, binary.shared)
         self._struct = struct.Struct(binary.layout)
         self._block = ctypes.create_string_buffer(self._struct.size)
         places = _offsets(binary.layout)
@@ -145,6 +143,15 @@ class Function:
 
     def _check(self, code: int, what: str) -> None:
         self._driver.check(code, f"{what} the kernel {self.binary.name}")
+
+    def _set(self, attribute: int, value: int) -> None:
+        self._check(self._driver.set_attribute(self._handle, attribute, value),
+                    "shared memory for")
+
+    def share(self) -> None:
+        """As many programs as shared memory holds are to run on a multiprocessor: it takes the
+        cache's room."""
+        self._set(_CARVEOUT, 100)
 
     def launch(self, grid: tuple[int, int, int], values: Sequence[Any], stream: int) -> None:
         """values: one for each parameter; pointers as integers."""

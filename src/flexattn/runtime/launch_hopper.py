@@ -40,7 +40,7 @@ from flexattn.runtime.tensor_map import TensorMap, takes
 
 _BOX_BYTES = 128  # of a row of a box: the widest swizzle
 _RESERVED = 1024  # bytes of shared memory that the hardware keeps of each CTA
-_FEW_KEYS = 1024
+_FEW_KEYS, _NARROW = 2048, 64
 _MOST_SPILLED = 64  # bytes of local memory a thread
 
 
@@ -114,11 +114,10 @@ def crowded(call: Call, fold_scale: bool) -> bool:
 
 
 def short_rows(call: Call) -> bool:
-    """Whether rows have few blocks of keys, as far as that is known without waiting for the device:
-    there are few keys, or the mask wants something of rows and of columns to be equal, as masks of
-    documents do."""
-    if call.key.shape[2] <= _FEW_KEYS:
-        return True
+    """Whether several CTAs of one consumer are faster: rows have few blocks of keys, as far as that
+    is known without waiting for the device. The mask wants something of rows and of columns to be
+    equal, as masks of documents do; or heads are narrow and there are few keys, or the mask leaves
+    no room for three consumers."""
     if call.mask is None:
         return False
     level = levels(call.mask.graph.nodes)
@@ -126,7 +125,10 @@ def short_rows(call: Call) -> bool:
     for n in wanted:
         if n.op is Op.AND:
             wanted += n.args
-    return any(n.op is Op.EQ and {level[a] for a in n.args} == {ROWS, COLUMNS} for n in wanted)
+    if any(n.op is Op.EQ and {level[a] for a in n.args} == {ROWS, COLUMNS} for n in wanted):
+        return True
+    narrow = max(call.query.shape[3], call.value.shape[3]) <= _NARROW
+    return narrow and (call.key.shape[2] <= _FEW_KEYS or crowded(call, True))
 
 
 def with_boxes(call: Call) -> Call:
@@ -228,6 +230,8 @@ class _Forward:
                        int(k.shape[0] > 1), row_tiles, section(call)]
         tiles = row_tiles * q.shape[0] * q.shape[1]
         self._grid = (min(tiles, config.ctas * multiprocessors(q.get_device())), 1, 1)
+        if config.ctas > 1:
+            function.share()
         out = like_query(q, v.shape[-1])
         self._out = out.shape, out.stride()
         self._values, self._slots = self._template(call, out)
@@ -252,7 +256,7 @@ class _Forward:
         if self._copied:
             call = with_boxes(call)
         q = call.query
-        out = torch.empty_strided(*self._out, dtype=q.dtype, device=q.device)
+        out = self._new_output(q)
         lse, max_scores = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
                            if wanted else None for wanted in (call.want_lse, call.want_max_scores))
         stream = stream_of(q)
@@ -274,6 +278,9 @@ class _Forward:
             values[slot] = value
         self.function.launch(self._grid, values, stream)
         return Result(out, lse, max_scores)
+
+    def _new_output(self, q: Tensor) -> Tensor:
+        return torch.empty_strided(*self._out, dtype=q.dtype, device=q.device)
 
     def _table(self, call: Call) -> HopperTable | None:
         if call.block_mask is None:

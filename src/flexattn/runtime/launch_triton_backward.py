@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -170,7 +169,11 @@ class _Backward:
         return _Buffers(
             q.new_empty(2 * self.lines, self.q_length, dtype=torch.float32), torch.empty_like(q),
             dk, dv, sums, totals,
-            q.new_zeros(len(self.reads.unordered), dtype=torch.int32), one(q.device))
+            q.new_zeros(len(self.reads.unordered), dtype=torch.int32), self._whole(q))
+
+    def _whole(self, like: Tensor) -> Tensor:
+        """Units of sums of whole numbers; where no sum is exact, nobody reads them."""
+        return (like.new_ones if self.exact else like.new_empty)(1, dtype=torch.float64)
 
     def _sums(self, call: Call) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         q, reads = call.query, self.reads
@@ -285,7 +288,7 @@ class _Backward:
 
     def _scatter(self, call: Call, memory: _Buffers, read: int, launch: Launch,
                  stream: int) -> None:
-        sums, units = memory.sums[read], one(call.query.device)
+        sums, units = memory.sums[read], self._whole(call.query)
         if self.exact and read not in self.reads.unordered:
             valid = call.query.shape[2] if read in self.reads.rows else call.key.shape[2]
             units = self._units(sums[:, :valid].abs().amax().reshape(1))
@@ -313,11 +316,6 @@ class _Backward:
         if read in memory.sum_units:
             return total / memory.sum_units[read]
         return total / memory.units[self.reads.unordered.index(read)]
-
-
-@cache
-def one(device: torch.device) -> Tensor:
-    return torch.ones(1, dtype=torch.float64, device=device)
 
 
 def prepare_values(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None,
