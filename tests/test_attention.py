@@ -16,7 +16,13 @@ from flexattn import (
     masks,
     reference,
 )
-from flexattn.errors import ArgumentError, ControlFlowError, IndexOutOfRangeError, ShapeError
+from flexattn.errors import (
+    ArgumentError,
+    ControlFlowError,
+    DtypeError,
+    IndexOutOfRangeError,
+    ShapeError,
+)
 
 slopes = torch.rand(4)
 documents = torch.randint(0, 3, (200,)).sort().values
@@ -153,3 +159,14 @@ def test_no_tensor_outlives_its_calls():
     tensors = call()
     gc.collect()
     assert [t() for t in tensors] == [None] * len(tensors)
+
+
+def test_negated_views():
+    """Their memory holds the opposite."""
+    parts = torch.randn(1, 2, 20, 16, dtype=torch.complex64)
+    q, k, v = parts.conj().imag, parts.real, parts.conj().imag
+    torch.testing.assert_close(flex_attention(q, k, v),
+                               flex_attention(-parts.imag, k, -parts.imag))
+    table = torch.randn(20, dtype=torch.complex64).conj().imag
+    with pytest.raises(DtypeError, match="resolve_neg"):
+        flex_attention(q, k, v, lambda score, b, h, q_idx, kv_idx: score + table[kv_idx])

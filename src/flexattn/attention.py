@@ -171,6 +171,8 @@ def _call(query: Tensor, key: Tensor, value: Tensor, score_mod: Callable | Mod |
           block_mask: BlockMask | None, scale: float, aux: AuxRequest,
           options: Mapping[str, Any]) -> Call:
     """Integrations that know what their mods capture give a Mod, traced once."""
+    if query.is_neg() or key.is_neg() or value.is_neg():  # views that negate when they are read
+        query, key, value = (t.resolve_neg() for t in (query, key, value))
     mask = None if block_mask is None else block_mask.traced(query.device)
     score = score_mod if score_mod is None or isinstance(score_mod, Mod) else memo.score_mod(
         score_mod, score_dtype(query), query.device)

@@ -16,7 +16,8 @@ from torch.nn.attention import flex_attention as torch_flex
 import flexattn
 from flexattn import masks, mods
 from flexattn.errors import FlexAttnError
-from flexattn.trace import memo, specialize, trace_mask_mod
+from flexattn.reference import attention
+from flexattn.trace import memo, specialize, trace_mask_mod, tracer
 from tests.properties import random_mods
 from tests.trace.remembered import CPU, GRID, TABLE, Holder, score
 
@@ -350,6 +351,47 @@ def test_threads():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def times(factor):
+    return lambda s, b, h, i, j: s * factor
+
+
+def test_threads_that_meet_a_number_at_once(monkeypatch, no_number_has_varied):
+    """One thread builds the graph of a constant while another sees that the number varies."""
+    simplify, others = tracer.simplify, [threading.Thread(target=score, args=(times(9.0),))]
+
+    def interrupted(graph):
+        while others:
+            other = others.pop()
+            other.start()
+            other.join()
+        return simplify(graph)
+
+    monkeypatch.setattr(tracer, "simplify", interrupted)
+    q = torch.randn(1, 1, 8, 16)
+    for factor in (2.0, 9.0, 5.0, 2.0):
+        torch.testing.assert_close(flexattn.flex_attention(q, q, q, times(factor)),
+                                   attention(q, q, q, times(factor))[0])
+
+
+def test_which_functions_are_one(traces):
+    first, second = times(2.0), times(2.0)
+
+    def mod(act):
+        return lambda s, b, h, i, j: s * 10 if act == first else s
+
+    for act in (first, second):
+        score(mod(act))
+    assert len(traces) == 2
+
+
+def test_builtins_of_a_function(traces):
+    for scale in (2, 3):
+        own = {"__builtins__": {"abs": lambda x, scale=scale: x * scale}}
+        exec("def mod(s, b, h, i, j): return abs(s)", own)
+        score(own["mod"])
+    assert len(traces) == 2
 
 
 def test_masks_and_scores_are_apart(traces):

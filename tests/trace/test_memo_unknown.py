@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import flexattn
 from flexattn.errors import FlexAttnError
+from flexattn.reference import attention
 from flexattn.trace import memo
 from tests.trace.remembered import CPU, SCALAR, TABLE, Holder, score
 
@@ -172,4 +174,37 @@ def test_a_warning_is_given_every_time(traces):
     for _ in range(2):
         with pytest.warns(UserWarning, match="look"):
             memo.score_mod(mod, torch.float32, CPU)
+    assert len(traces) == 2
+
+
+def test_a_scalar_made_of_a_captured_tensor(traces):
+    factor, q = torch.tensor(2.0), torch.randn(1, 1, 8, 16)
+
+    def mod(s, b, h, i, j):
+        return s * torch.full((), factor)
+
+    for _ in range(2):
+        torch.testing.assert_close(flexattn.flex_attention(q, q, q, mod),
+                                   attention(q, q, q, mod)[0])
+        factor.fill_(5.0)
+    assert len(traces) == 2
+
+
+def test_calls_that_torch_functions_do_not_see(traces):
+    def mod(table):
+        return lambda s, b, h, i, j: s * table.shape[0]
+
+    with torch._C.DisableTorchFunction():
+        score(mod(torch.randn(4)))
+    score(mod(torch.randn(9)))
+    assert len(traces) == 2
+
+
+def test_identity_at_the_end_of_a_branch(traces):
+    def mod(x, y, flag):
+        return lambda s, b, h, i, j: s * 2 if x is (y if flag else None) else s
+
+    x = 10.5
+    for y in (x, float("10.5")):
+        score(mod(x, y, True))
     assert len(traces) == 2

@@ -34,7 +34,7 @@ from flexattn.trace.tracer import (
 _MOST_KEPT = 256
 # What torch may be asked of a captured tensor while a mod is traced: the mod's readings tell it.
 _KIND = frozenset({"dtype", "device", "ndim", "dim", "requires_grad", "layout", "result_type",
-                   "promote_types", "is_floating_point"})
+                   "promote_types", "is_floating_point", "is_neg"})
 _SHAPE = frozenset({"shape", "size", "numel", "__len__"})
 
 
@@ -89,6 +89,7 @@ def _traced(fn: Callable, context: tuple, trace: Callable[[], Trace]) -> Mod:
 def _watched() -> bool:
     """Whether somebody else sees or changes what torch does: a mode, a transform, a compiler."""
     return (torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._is_torch_function_all_disabled()
             or torch._C._functorch.maybe_current_level() is not None
             or torch.compiler.is_compiling())
 

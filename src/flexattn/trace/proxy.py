@@ -186,17 +186,22 @@ def call_on_proxies(tape: Tape, func: Any, args: tuple, kwargs: dict) -> Any:
 
 def scalar_factory(tape: Tape, name: str, args: tuple, kwargs: dict) -> Proxy | None:
     """torch.tensor(2.0) and the like inside a mod are numbers, not captured tensors."""
-    if name in ("tensor", "as_tensor", "scalar_tensor") and isinstance(args[0], NUMBERS):
-        value = args[0]
-    elif name == "full" and tuple(args[0]) == ():
-        value = args[1] if len(args) > 1 else kwargs["fill_value"]
+    if name in ("tensor", "as_tensor", "scalar_tensor"):
+        value = args[0] if args else kwargs.get("data", kwargs.get("s"))
+    elif name == "full":
+        size = args[0] if args else kwargs.get("size")
+        if not isinstance(size, (tuple, list)) or len(size):
+            return None
+        value = args[1] if len(args) > 1 else kwargs.get("fill_value")
     elif name in ("zeros", "ones") and args and args[0] == ():
         value = 0.0 if name == "zeros" else 1.0
     else:
         return None
+    if not isinstance(value, (*NUMBERS, np.generic)):
+        return None
     default = torch.get_default_dtype()
     dtype = kwargs.get("dtype") or (default if isinstance(value, float) else None)
-    made = tape.number(value)
+    made = tape.wrap(value)
     return tape.cast(made, dtype) if dtype else made
 
 

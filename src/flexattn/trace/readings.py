@@ -10,7 +10,6 @@ not known to depend on their arguments alone.
 
 from __future__ import annotations
 
-import builtins
 import functools
 import math
 import operator
@@ -45,6 +44,7 @@ class Readings:
         self.key: list[Any] = []
         self.tensors: list[Tensor] = []
         self._places: dict[int, int] = {}
+        self._functions: dict[int, int] = {}
         self._depth = 0
         kind = type(fn)
         if kind in (FunctionType, functools.partial, MethodType):
@@ -61,18 +61,22 @@ class Readings:
         elif kind in _TENSORS:
             self._tensor(value)
         elif kind is FunctionType and not _is_torch(value):
+            self._which(value)
             self._function(value, _NONE)
         elif kind is float:
-            self.key += (kind, value if value and value == value else repr(value))
+            self.key += (kind, value or repr(value))
         elif kind in (tuple, torch.Size):
             self.key += (kind, len(value))
             for each in value:
                 self._value(each)
         elif kind is functools.partial and _is_plain(value):
+            self._which(value)
             self.key += (kind, len(value.args), *value.keywords)
             for each in (value.func, *value.args, *value.keywords.values()):
                 self._value(each)
         elif kind is MethodType and type(value.__func__) is FunctionType:
+            self._which(value.__func__)
+            self._which(value.__self__)
             self._function(value.__func__, value.__self__)
         elif _is_pure(value):
             self.key += (BuiltinFunctionType, value)
@@ -81,12 +85,16 @@ class Readings:
         if len(self.key) > _LONGEST:
             raise Unknown
 
+    def _which(self, value: Any) -> None:
+        """Which functions are one: a mod may compare them."""
+        self.key.append(self._functions.setdefault(id(value), len(self._functions)))
+
     def _tensor(self, tensor: Tensor) -> None:
         place = self._places.get(id(tensor))
         if place is None:
             place = self._places[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
-            if tensor.layout is not torch.strided or not _is_plain(tensor):
+            if tensor.layout is not torch.strided or tensor.is_neg() or not _is_plain(tensor):
                 raise Unknown
         self.key += (Tensor, place, tensor.dtype, tensor.dim(), tensor.device,
                      tensor.requires_grad)
@@ -104,7 +112,7 @@ class Readings:
             elif where == GLOBAL:
                 value = fn.__globals__.get(name, _NONE)
                 if value is _NONE:
-                    value = getattr(builtins, name, _NONE)
+                    value = fn.__builtins__.get(name, _NONE)  # type: ignore[attr-defined]
             else:
                 value = owner
             self._value(self._attributes(value, attributes) if attributes else value)
@@ -156,7 +164,7 @@ def _attribute(owner: Any, name: str) -> Any:
     if name in own:
         return own[name]
     if shared is _NONE and _of_class(kind, "__getattr__") is nn.Module.__getattr__:
-        tables = [own[table] for table in ("_parameters", "_buffers", "_modules")]
+        tables = [own.get(table, ()) for table in ("_parameters", "_buffers", "_modules")]
         return next((table[name] for table in tables if name in table), _NONE)
     return shared
 

@@ -103,7 +103,8 @@ def _reads(code: CodeType, captured: frozenset[str], own: str | None) -> Iterato
                 raise _Unknown
         elif name == "IS_OP":  # equal numbers may be one object or two
             before = steps[i - 1]
-            if before.opname != "LOAD_CONST" or not isinstance(before.argval, bool | None):
+            plain = before.opname == "LOAD_CONST" and isinstance(before.argval, bool | None)
+            if step.is_jump_target or not plain:
                 raise _Unknown
         elif name == "CALL_INTRINSIC_1":
             if step.arg not in _INTRINSICS:

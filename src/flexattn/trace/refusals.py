@@ -66,6 +66,10 @@ def check_capture(tensor: Tensor, device: torch.device, kind: str) -> None:
                                      sorted(map(dtype_name, DTYPES))),
                                  got=f"{dtype_name(tensor.dtype)}, {tensor.layout}",
                                  remedy="convert it outside of the mod", where=user_location()))
+    if tensor.is_neg():
+        raise DtypeError(message(_captured(tensor) + "that is a negated view (as the imaginary "
+                                 "part of a conjugate is).", remedy="capture tensor.resolve_neg()",
+                                 where=user_location()))
     if tensor.requires_grad and kind == "mask":
         raise TraceError(message(_captured(tensor, "mask_mod") + "that requires grad, but a mask "
                                  "has no gradient.", remedy="capture tensor.detach(), or use a "

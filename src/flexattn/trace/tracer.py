@@ -201,17 +201,17 @@ def specialize(trace: Trace, symbolic: frozenset[int] = frozenset()) -> Mod:
         return mask: %2
     """
     seen = skeleton_of(trace)
+    varying = seen.varying | symbolic  # of this call: other threads add to seen.varying
     same = all(map(is_, seen.numbers, trace.numbers))  # as constants of one function are
     if not same and repr(seen.numbers) != repr(trace.numbers):  # 0.0 is not -0.0; NaN is itself
         pairs = zip(seen.numbers, trace.numbers, strict=True)
-        seen.varying |= {i for i, (old, new) in enumerate(pairs) if repr(old) != repr(new)}
-    if not symbolic <= seen.varying:
-        seen.varying |= symbolic
-    graph = seen.graphs.get(seen.varying)
+        varying |= {i for i, (old, new) in enumerate(pairs) if repr(old) != repr(new)}
+    if not varying <= seen.varying:
+        seen.varying |= varying
+    graph = seen.graphs.get(varying)
     if graph is None:
-        graph = simplify(_graph(trace, sorted(seen.varying)))
-        seen.graphs[seen.varying] = graph
-    return Mod(graph, trace.captures, tuple(trace.numbers[i] for i in sorted(seen.varying)))
+        graph = seen.graphs.setdefault(varying, simplify(_graph(trace, sorted(varying))))
+    return Mod(graph, trace.captures, tuple([trace.numbers[i] for i in sorted(varying)]))
 
 
 def _graph(trace: Trace, varying: list[int]) -> Graph:
