@@ -387,9 +387,9 @@ def test_which_functions_are_one(traces):
 
 
 def test_builtins_of_a_function(traces):
-    for scale in (2, 3):
-        own = {"__builtins__": {"abs": lambda x, scale=scale: x * scale}}
-        exec("def mod(s, b, h, i, j): return abs(s)", own)
+    code = compile("def mod(s, b, h, i, j): return abs(s)", "<mod>", "exec")
+    for own in ({}, {"__builtins__": {"abs": lambda x: x * 2}}):
+        exec(code, own)
         score(own["mod"])
     assert len(traces) == 2
 
