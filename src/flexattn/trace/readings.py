@@ -112,7 +112,7 @@ class Readings:
             elif where == GLOBAL:
                 value = fn.__globals__.get(name, _NONE)
                 if value is _NONE:
-                    value = fn.__builtins__.get(name, _NONE)  # type: ignore[attr-defined]
+                    value = fn.__builtins__.get(name, _NONE)
             else:
                 value = owner
             self._value(self._attributes(value, attributes) if attributes else value)
