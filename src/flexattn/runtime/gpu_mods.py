@@ -159,7 +159,7 @@ def watch(code: ModCode, score: Mod | None, mask: Mod | None) -> None:
 def check() -> None:
     """Raises what kernels that have finished reported; waits for nothing."""
     check_rooms()
-    for code, _ in _watched.values():
+    for code, _ in tuple(_watched.values()):  # other threads may add to it
         if code.reported:
             _raise(code)
 
