@@ -1,8 +1,6 @@
 """flex_attention against the dense oracle in float64, forward and gradients; and its errors."""
 
-import gc
 import random
-import weakref
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from flexattn.errors import (
     IndexOutOfRangeError,
     ShapeError,
 )
+from tests.lifetimes import left_alive
 
 slopes = torch.rand(4)
 documents = torch.randint(0, 3, (200,)).sort().values
@@ -146,19 +145,7 @@ def test_errors_say_what_to_do():
 
 
 def test_no_tensor_outlives_its_calls():
-    def call():
-        q, k, v = (torch.randn(1, 2, n, 16, requires_grad=True) for n in (30, 40, 40))
-        bias = torch.randn(2, 70, requires_grad=True)
-        kept = torch.rand(40) > 0.5
-        block = create_block_mask(lambda b, h, q_idx, kv_idx: kept[kv_idx], None, None, 30, 40)
-        out = flex_attention(q, k, v, lambda score, b, h, q_idx, kv_idx:
-                             score + bias[h, q_idx - kv_idx + 39], block)
-        out.sum().backward()
-        return [weakref.ref(t) for t in (q, k, v, bias, kept, out, block)]
-
-    tensors = call()
-    gc.collect()
-    assert [t() for t in tensors] == [None] * len(tensors)
+    assert left_alive(30, 16) == []
 
 
 def test_negated_views():

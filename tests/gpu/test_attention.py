@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import weakref
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from flexattn.errors import IndexOutOfRangeError
 from flexattn.reference import attention
 from flexattn.runtime import gpu_mods, launch_gpu
 from tests.gpu.pairs import error
+from tests.lifetimes import left_alive
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -151,21 +150,7 @@ def test_memory_is_of_the_order_of_rows():
 @pytest.mark.parametrize("length", [1, 300])
 def test_no_tensor_outlives_its_calls(length):
     """Launches are kept for later calls; the tensors of this one are not."""
-    def call():
-        q, k, v = (torch.randn(1, 2, n, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-                   for n in (length, 300, 300))
-        bias = torch.randn(2, 700, device="cuda", requires_grad=True)
-        kept = torch.rand(300, device="cuda") > 0.5
-        mask = flexattn.create_block_mask(lambda b, h, q_idx, kv_idx: kept[kv_idx], None, None,
-                                          length, 300, device="cuda")
-        out = flexattn.flex_attention(
-            q, k, v, lambda score, b, h, q_idx, kv_idx: score + bias[h, q_idx - kv_idx + 300], mask)
-        out.sum().backward()
-        return [weakref.ref(t) for t in (q, k, v, bias, kept, out, mask)]
-
-    tensors = call()
-    gc.collect()
-    assert [t() for t in tensors] == [None] * len(tensors)
+    assert left_alive(length, 64, device="cuda", dtype=torch.bfloat16) == []
 
 
 def test_which_kernel_serves_a_call_is_said():

@@ -31,3 +31,7 @@ class Holder:
 
     def __add__(self, other):
         return other + self.window
+
+
+def times(factor):
+    return lambda s, b, h, i, j: s * factor

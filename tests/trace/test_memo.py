@@ -2,7 +2,6 @@
 
 import gc
 import math
-import threading
 import types
 import weakref
 from functools import partial
@@ -16,10 +15,9 @@ from torch.nn.attention import flex_attention as torch_flex
 import flexattn
 from flexattn import masks, mods
 from flexattn.errors import FlexAttnError
-from flexattn.reference import attention
-from flexattn.trace import memo, specialize, trace_mask_mod, tracer
+from flexattn.trace import memo, specialize, trace_mask_mod
 from tests.properties import random_mods
-from tests.trace.remembered import CPU, GRID, TABLE, Holder, score
+from tests.trace.remembered import CPU, GRID, TABLE, Holder, score, times
 
 
 def hits(fn, traced, **kwargs):
@@ -327,52 +325,6 @@ def test_nothing_is_kept_alive_and_the_memory_is_bounded(traces):
     for x in range(2 * memo._MOST_KEPT):
         memo.score_mod(partial(by_keyword, weight=x), torch.float32, CPU)
     assert len(memo._kept) == memo._MOST_KEPT
-
-
-def test_threads():
-    wrong = []
-
-    def read(x, table):
-        return memo.score_mod(lambda s, b, h, i, j: s * x + table[h], torch.float32, CPU)
-
-    def work(seed):
-        for step in range(200):
-            table, x = torch.randn(4), float((seed + step) % 7)
-            mod = read(x, table)
-            if mod.captures[0] is not table or mod.numbers != (x,):
-                wrong.append(x)
-
-    for x in (7.0, 8.0):  # from the second value on it is an argument
-        read(x, TABLE)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-def times(factor):
-    return lambda s, b, h, i, j: s * factor
-
-
-def test_threads_that_meet_a_number_at_once(monkeypatch, no_number_has_varied):
-    """One thread builds the graph of a constant while another sees that the number varies."""
-    simplify, others = tracer.simplify, [threading.Thread(target=score, args=(times(9.0),))]
-
-    def interrupted(graph):
-        while others:
-            other = others.pop()
-            other.start()
-            other.join()
-        return simplify(graph)
-
-    monkeypatch.setattr(tracer, "simplify", interrupted)
-    q = torch.randn(1, 1, 8, 16)
-    for factor in (2.0, 9.0, 5.0, 2.0):
-        torch.testing.assert_close(flexattn.flex_attention(q, q, q, times(factor)),
-                                   attention(q, q, q, times(factor))[0])
 
 
 def test_which_functions_are_one(traces):
