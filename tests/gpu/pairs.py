@@ -9,11 +9,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexattn import create_block_mask, flex_attention
 from flexattn.attention import AuxRequest
@@ -214,9 +216,28 @@ def dense(case: Case, inputs: list[Tensor], weights: Weights, mods: Any,
           dtype: torch.dtype) -> Results:
     """By the formula, in float64 or, as eager code would, in the case's dtype."""
     score_mod, mask_mod, trained = mods
-    with precision(case):
+    with tf32_products(case.dtype == "tf32" and dtype is torch.float32):
         out, lse, _ = attention(*inputs, score_mod, mask_mod, None, dtype)
         return _results(out, lse, inputs, trained, weights, True)
+
+
+def moved_by_delta(inputs: list[Tensor], weights: Weights, mods: Any, exact: Results,
+                   draws: int = 8) -> dict[str, float]:
+    """How much gradients of captured tensors change, relative to themselves, when the row sums
+    delta = sum(d_out * out) are rounded as fused kernels do (SDPA's and FlashAttention's, too):
+    each product in it to tf32. An error of delta_i changes a gradient by that times the gradient of
+    lse_i, and where a row's terms cancel that can be many times the error of eager attention."""
+    score_mod, mask_mod, trained = mods
+    out, lse, _ = attention(*inputs, score_mod, mask_mod, None, torch.float64)
+    off = TF32_UNIT * (out * weights[0]).norm(dim=-1).detach()
+    found = []
+    for _ in range(draws):
+        moved = torch.where(lse.isinf(), 0.0, lse * off * torch.randn_like(lse).sign()).sum()
+        found.append(torch.autograd.grad(moved, trained, retain_graph=True))
+    names = [f"captured{i}" for i in range(len(trained))]
+    return {name: float(torch.stack(grads).double().norm() / draws**0.5
+                        / exact.tensors[name].double().norm())
+            for name, grads in zip(names, zip(*found, strict=True), strict=True)}
 
 
 def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], trained: list[Tensor],
@@ -243,6 +264,24 @@ class precision:
 
     def __exit__(self, *_: object) -> None:
         torch.set_float32_matmul_precision(self.before)
+
+
+def to_tf32(x: Tensor) -> Tensor:
+    """float32 rounded to the nearest tf32."""
+    return ((x.view(torch.int32) + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
+
+
+class _RoundedProducts(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (),
+                           kwargs: Any = None) -> Any:
+        if function in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default):
+            args = [to_tf32(a.contiguous()) for a in args]
+        return function(*args, **(kwargs or {}))
+
+
+def tf32_products(wanted: bool) -> AbstractContextManager:
+    """Matrix products of operands rounded to tf32: cuBLAS, asked for it, does so for some only."""
+    return _RoundedProducts() if wanted else nullcontext()
 
 
 def weights_of(case: Case) -> tuple[Tensor, Tensor]:

@@ -10,17 +10,19 @@ the memory back, and in the middle of a step the two meet.
 
 from typing import NamedTuple
 
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from flexattn.kernels.gluon_shim import reinterpret, tma_add, tma_load
-from flexattn.kernels.hopper_pipeline import named_barrier
+from flexattn.kernels.hopper_pipeline import named_barrier, whole_warp
 from flexattn.kernels.triton_tiles import ends_ragged, first_block, next_block
 
 
 class Sizes(NamedTuple):
-    """int32. kv_batches: 1, or as many as batches."""
+    """int32. kv_batches: 1, or as many as batches. together: how many lines (batches and heads of
+    keys) CTAs take at a time, the first tile of all of them before the second."""
 
     q_len: object
     kv_len: object
@@ -28,6 +30,7 @@ class Sizes(NamedTuple):
     heads: object
     kv_batches: object
     kv_heads: object
+    together: object
 
 
 class Blocks(NamedTuple):
@@ -55,6 +58,7 @@ class Shared(NamedTuple):
     """Shared memory. k and v: 64 rows of each consumer. q, d_out, statistics: a tile a stage.
     ds: of each consumer, twice; dq: each one's share. step: of each of twice as many steps as
     there are stages, the line (batch and head) and the first query, for the reducer and the mods.
+    queries: what mods read by query, a value for each query of a stage; it comes with d_out.
     never: two mbarriers that nobody uses, see `end_block`."""
 
     q: object
@@ -65,6 +69,7 @@ class Shared(NamedTuple):
     ds: object
     dq: object
     step: object
+    queries: object
     kv_full: object
     q_full: object
     d_out_full: object
@@ -128,8 +133,59 @@ def end_block(shared, number: gl.constexpr):
     mbarrier.wait(shared.never[number].index(0), 1)
 
 
+@constexpr_function
+def _stored(dtype):
+    """How shared memory has values of this type."""
+    return gl.int8 if dtype == gl.int1 else dtype
+
+
 @gluon.jit
-def allocate(inputs, dq_desc, C: gl.constexpr) -> Shared:
+def _values_of_queries(batch, head, of_head, first_q, sizes, args, C: gl.constexpr,
+                       MODS: gl.constexpr):
+    """What mods read by query, for a tile of them; nothing where they read nothing."""
+    values = ()
+    if C.reads_queries:
+        line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        q_idx = gl.minimum(first_q + gl.arange(0, C.tile_q, layout=line), sizes.q_len - 1)
+        values = MODS.mod_rows(batch, head, q_idx, args, of_head)
+    return values
+
+
+@gluon.jit
+def _memory_of_queries(sizes, args, C: gl.constexpr, MODS: gl.constexpr):
+    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    first = gl.program_id(0) * 0
+    of_head = MODS.mod_head(first, first, args)
+    # Only their types are wanted: nothing is read.
+    values = _values_of_queries(first, first, of_head, first, sizes, args, C, MODS)
+    memory = ()
+    for i in gl.static_range(len(values)):
+        memory = memory + (gl.allocate_shared_memory(
+            _stored(values[i].dtype), [C.stages, C.tile_q], words),)
+    return memory
+
+
+@gluon.jit
+def _put_queries(shared, stage, values):
+    for i in gl.static_range(len(values)):
+        memory = shared.queries[i].index(stage)
+        memory.store(values[i].to(memory.dtype))
+    if len(values) > 0:
+        whole_warp()
+
+
+@gluon.jit
+def queries_of(shared, stage, like, layout: gl.constexpr):
+    """What mods read by query, for the queries of a stage, in the types of `like`."""
+    values = ()
+    for i in gl.static_range(len(like)):
+        value = shared.queries[i].index(stage).load(layout)
+        values = values + (gl.expand_dims(value, 0).to(like[i].dtype),)
+    return values
+
+
+@gluon.jit
+def allocate(inputs, dq_desc, sizes, args, C: gl.constexpr, MODS: gl.constexpr) -> Shared:
     dtype: gl.constexpr = inputs.q.dtype
     mbarriers: gl.constexpr = mbarrier.MBarrierLayout()
     words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -149,6 +205,7 @@ def allocate(inputs, dq_desc, C: gl.constexpr) -> Shared:
         gl.float32, [2, ROWS, 64],
         gl.NVMMASharedLayout.get_default_for([ROWS, 64], gl.float32))
     step = gl.allocate_shared_memory(gl.int32, [4 * C.stages, 1], words)
+    queries = _memory_of_queries(sizes, args, C, MODS)
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarriers)
     q_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarriers)
     d_out_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarriers)
@@ -161,7 +218,8 @@ def allocate(inputs, dq_desc, C: gl.constexpr) -> Shared:
     for stage in gl.static_range(gl.constexpr(C.stages)):
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(d_out_full.index(stage), count=1)
-    return Shared(q, k, v, d_out, statistics, ds, dq, step, kv_full, q_full, d_out_full, never)
+    return Shared(q, k, v, d_out, statistics, ds, dq, step, queries, kv_full, q_full, d_out_full,
+                  never)
 
 
 @gluon.jit
@@ -200,9 +258,13 @@ def first_query(shared, stage, phase, C: gl.constexpr):
 
 @gluon.jit
 def keys_of(sizes, C: gl.constexpr) -> Place:
-    tiles = gl.cdiv(sizes.kv_len, C.tile_kv)
-    line = gl.program_id(0) // tiles
-    return Place(line // sizes.kv_heads, line % sizes.kv_heads, gl.program_id(0) % tiles)
+    """The first tiles of a causal mask have the most steps, so they come first."""
+    per_group = sizes.together * gl.cdiv(sizes.kv_len, C.tile_kv)
+    first = gl.program_id(0) // per_group * sizes.together
+    lines = gl.minimum(sizes.together, sizes.kv_batches * sizes.kv_heads - first)
+    place = gl.program_id(0) % per_group
+    line = first + place % lines
+    return Place(line // sizes.kv_heads, line % sizes.kv_heads, place // lines)
 
 
 @gluon.jit
@@ -258,9 +320,12 @@ def _load_keys(desc, place, full, memory, C: gl.constexpr):
 
 
 @gluon.jit
-def _load_step(inputs, walk, line, block, stage, phase, shared, C: gl.constexpr):
+def _load_step(inputs, walk, of_head, block, stage, phase, shared, sizes, args, C: gl.constexpr,
+               MODS: gl.constexpr):
     """One tile of queries, when its stage is free. Gives the next stage."""
     first_q = block * C.tile_q
+    line = walk.batch * sizes.heads + walk.head
+    values = _values_of_queries(walk.batch, walk.head, of_head, first_q, sizes, args, C, MODS)
     named_barrier("sync", _STAGE_EMPTY + stage, 256 + 32)
     put_step(shared, stage, phase, line, first_q, C)
     full = shared.q_full.index(stage)
@@ -269,6 +334,7 @@ def _load_step(inputs, walk, line, block, stage, phase, shared, C: gl.constexpr)
     statistics: gl.constexpr = inputs.statistics.block_type.shape
     tma_load(inputs.statistics, [0, line, 0, first_q], full,
              reinterpret(shared.statistics.index(stage), statistics, inputs.statistics.layout))
+    _put_queries(shared, stage, values)
     full = shared.d_out_full.index(stage)
     mbarrier.expect(full, inputs.d_out.block_type.nbytes)
     _load(inputs.d_out, walk.batch, walk.head, first_q, full, shared.d_out.index(stage))
@@ -276,7 +342,7 @@ def _load_step(inputs, walk, line, block, stage, phase, shared, C: gl.constexpr)
 
 
 @gluon.jit
-def produce(inputs, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
+def produce(inputs, shared, sizes, blocks, args, C: gl.constexpr, MODS: gl.constexpr):
     """Loads the keys and values and, when the tables are read, tile after tile of queries."""
     place = keys_of(sizes, C)
     _load_keys(inputs.k, place, shared.kv_full.index(0), shared.k, C)
@@ -286,19 +352,22 @@ def produce(inputs, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
     phase = 0
     for sharer in range(sharers(sizes)):
         walk = walk_of(place, sharer, sizes, blocks, C, MODS)
-        line = walk.batch * sizes.heads + walk.head
+        of_head = MODS.mod_head(walk.batch, walk.head, args)
         if blocks is None:
             for block in range(walk.full + walk.partial):
-                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
+                stage, phase = _load_step(inputs, walk, of_head, block, stage, phase, shared,
+                                          sizes, args, C, MODS)
         else:
             _, run, runs, block, stop = first_block(blocks.full, walk.row, last)
             partly = first_block(blocks.partial, walk.row, last)
             for _ in range(walk.full):
-                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
+                stage, phase = _load_step(inputs, walk, of_head, block, stage, phase, shared,
+                                          sizes, args, C, MODS)
                 run, block, stop = next_block(blocks.full, run, runs, block, stop, last)
             _, run, runs, block, stop = partly
             for _ in range(walk.partial):
-                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
+                stage, phase = _load_step(inputs, walk, of_head, block, stage, phase, shared,
+                                          sizes, args, C, MODS)
                 run, block, stop = next_block(blocks.partial, run, runs, block, stop, last)
 
 
