@@ -58,7 +58,7 @@ class Shared(NamedTuple):
     """Shared memory. k and v: 64 rows of each consumer. q, d_out, statistics: a tile a stage.
     ds: of each consumer, twice; dq: each one's share. step: of each of twice as many steps as
     there are stages, the line (batch and head) and the first query, for the reducer and the mods.
-    queries: what mods read by query, a value for each query of a stage; it comes with d_out.
+    queries: what mods get of each query of a stage, its index first; it comes with d_out.
     never: two mbarriers that nobody uses, see `end_block`."""
 
     q: object
@@ -142,12 +142,15 @@ def _stored(dtype):
 @gluon.jit
 def _values_of_queries(batch, head, of_head, first_q, sizes, args, C: gl.constexpr,
                        MODS: gl.constexpr):
-    """What mods read by query, for a tile of them; nothing where they read nothing."""
+    """What mods get of each query of a tile: its index, and what they read by it. A consumer that
+    computed indices would ask for its thread's number before each of them."""
     values = ()
-    if C.reads_queries:
+    if MODS.mask_mod is not None or MODS.score_mod is not None:
         line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
         q_idx = gl.minimum(first_q + gl.arange(0, C.tile_q, layout=line), sizes.q_len - 1)
-        values = MODS.mod_rows(batch, head, q_idx, args, of_head)
+        values = (q_idx,)
+        if C.reads_queries:
+            values = values + MODS.mod_rows(batch, head, q_idx, args, of_head)
     return values
 
 
@@ -175,13 +178,9 @@ def _put_queries(shared, stage, values):
 
 
 @gluon.jit
-def queries_of(shared, stage, like, layout: gl.constexpr):
-    """What mods read by query, for the queries of a stage, in the types of `like`."""
-    values = ()
-    for i in gl.static_range(len(like)):
-        value = shared.queries[i].index(stage).load(layout)
-        values = values + (gl.expand_dims(value, 0).to(like[i].dtype),)
-    return values
+def query_value(shared, stage, which: gl.constexpr, layout: gl.constexpr):
+    """[1, tile_q], for the queries of a stage."""
+    return gl.expand_dims(shared.queries[which].index(stage).load(layout), 0)
 
 
 @gluon.jit
