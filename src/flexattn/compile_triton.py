@@ -21,6 +21,7 @@ from functools import cache
 from typing import Any
 
 from flexattn import compile
+from flexattn.lower.ptx import assembled_rightly
 
 FUNCTIONS = ("mod_head", "mod_rows", "mod_columns", "mask_mod", "score_mod", "score_mod_grad",
              "grad_offsets", "score_line")
@@ -173,7 +174,10 @@ def _lowered(source: Source, target: Target) -> tuple[dict[str, Any], dict[str, 
                              backend.get_module_map(), context)
     known, made = dict(vars(options)), {}
     for stage in list(lower)[list(lower).index(program.ext):]:
-        module = made[stage] = lower[stage](module, known)
+        module = lower[stage](module, known)
+        if stage == "ptx":
+            module = assembled_rightly(module)
+        made[stage] = module
     return made, known
 
 

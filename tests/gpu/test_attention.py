@@ -126,6 +126,20 @@ def test_lengths_batches_and_values_compile_nothing():
     assert counts[2] == counts[-1], "the number became a run-time value at its second one"
 
 
+def test_masks_of_reals_round_as_on_a_cpu():
+    """41 times the nearest number to 1 / 41 is below 1: what torch itself makes of a quotient by
+    a Python number on a GPU."""
+    q, k, v = torch.randn(3, 1, 2, 400, 64, device="cuda", dtype=torch.float16)
+
+    def mask(b, h, q_idx, kv_idx):
+        return torch.floor(q_idx / 41) == torch.floor(kv_idx / 41)
+
+    block = flexattn.create_block_mask(mask, None, None, 400, 400, device="cuda")
+    out = flexattn.flex_attention(q, k, v, block_mask=block).cpu()
+    wanted = attention(q.cpu(), k.cpu(), v.cpu(), mask_mod=mask, dtype=torch.float64)[0]
+    assert error(out, wanted) < 3e-3
+
+
 def test_more_than_2_to_the_31_elements():
     q = torch.randn(1, 1, 64, 128, device="cuda", dtype=torch.bfloat16)
     k, v = torch.randn(2, 1, 1, 17_000_000, 128, device="cuda", dtype=torch.bfloat16)

@@ -7,14 +7,16 @@ import random
 import pytest
 import torch
 
-from flexattn import create_block_mask, flex_attention, masks
+from flexattn import compile, compile_triton, create_block_mask, flex_attention, masks
 from flexattn.analysis.block_sparsity import grid_of, kinds_of_runs, mask_sparsity
 from flexattn.errors import ArgumentError
-from flexattn.runtime import gpu_tables, launch_block_mask
+from flexattn.reference import attention
+from flexattn.runtime import gpu_tables, launch_block_mask, launch_block_runs
 from flexattn.trace import specialize, trace_mask_mod
 from tests.analysis.library import LIBRARY
 from tests.analysis.random_masks import RandomMask
 from tests.analysis.test_block_sparsity import brute_force, sizes_of
+from tests.gpu.pairs import error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda", 0)
@@ -64,15 +66,65 @@ def test_long_masks_are_those_of_the_cpu():
             assert torch.equal(getattr(made(here), name), getattr(made(there), name).cpu())
 
 
-def test_the_kernel_serves_from_the_second_mask_on():
+@pytest.fixture
+def nothing_compiled(tmp_path, monkeypatch):
+    """Caches on disk and in memory that are empty: those of a new user."""
+    monkeypatch.setenv("FLEXATTN_CACHE_DIR", str(tmp_path / "cache"))
+    compile.cache_directory.cache_clear()
+    forget_kernels(monkeypatch)
+    yield
+    compile.cache_directory.cache_clear()
+
+
+def forget_kernels(monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(compile_triton, "_binaries", {})
+    monkeypatch.setattr(launch_block_runs, "_asked", set())
+
+
+def refuse(*arguments):
+    raise AssertionError("must come from a cache")
+
+
+def test_the_kernel_serves_from_the_second_mask_on(nothing_compiled, monkeypatch):
+    """From the first one on where the disk has it."""
     ids = torch.arange(1 << 18, device=GPU) // 263
     mod = specialize(trace_mask_mod(masks.causal_document(ids), GPU))
     grid = grid_of(mod, 1, 1, 1 << 18, 1 << 18, 128, 112)
     first, second = (launch_block_mask.runs(mod, grid, GPU) for _ in range(2))
+    assert isinstance(first, str) and "next mask" in first
+    forget_kernels(monkeypatch)
+    monkeypatch.setattr(compile_triton, "compiled", refuse)
+    from_disk = launch_block_mask.runs(mod, grid, GPU)
     wanted = mask_sparsity(mod, grid, GPU).table
-    assert "next mask" in first
-    for name in ("offsets", "start", "end", "full"):
-        assert torch.equal(getattr(second, name), getattr(wanted, name))
+    for found in (second, from_disk):
+        for name in ("offsets", "start", "end", "full"):
+            assert torch.equal(getattr(found, name), getattr(wanted, name))
+
+
+# ptxas lost the minus of max(max(x, -y), z) and of minima: see flexattn.lower.ptx
+
+
+def test_a_negation_in_the_interval_of_a_block():
+    """Of the size of a position, which is at least minus the last one."""
+    def mask(b, h, q_idx, kv_idx):
+        return torch.maximum(abs(kv_idx), kv_idx - b) <= q_idx
+
+    with torch.device(GPU):
+        assert check(mask, (1, 1, 404, 404), (64, 100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_negation_in_the_elements_of_a_block(dtype):
+    def mask(b, h, q_idx, kv_idx):
+        left = torch.maximum(torch.maximum(q_idx - 300, -kv_idx), kv_idx - 200)
+        right = torch.minimum(torch.minimum(300 - q_idx, -kv_idx), 400 - kv_idx)
+        return (left <= 0) | (right <= -350)
+
+    q, k, v = (torch.randn(1, 2, 404, 64, device=GPU, dtype=dtype) for _ in range(3))
+    made = create_block_mask(mask, None, None, 404, 404, GPU)
+    wanted = attention(q, k, v, mask_mod=mask, dtype=torch.float64)[0]
+    assert error(flex_attention(q, k, v, block_mask=made), wanted) < 3e-3
 
 
 def with_room(ids, room=3000):

@@ -152,6 +152,23 @@ def check_addresses(step: list[str]) -> None:
     assert sum(bool(re.search(r"\b(LEA|I2FP)\b", line)) for line in step) < 8
 
 
+def reals(b, h, q_idx, kv_idx):
+    near = torch.floor(kv_idx / 49) * SLOPES[h] + 1 <= q_idx / 7 * TABLE[0, kv_idx]
+    return near | (torch.tanh(TABLE[h, q_idx]) < torch.sqrt(TABLE[h, kv_idx]) ** 2 - 0.5)
+
+
+def test_masks_of_reals_round_once_an_operation():
+    """Of 16-bit inputs, too: a score's error is not noticed, a mask's is an element."""
+    q = torch.empty(2, 4, 1024, 64, dtype=torch.float16)
+    call = Call(q, q, q, 1.0, None, specialize(trace_mask_mod(reals)))
+    code = mod_code(call, "cuda")
+    assert "math.tanh(" in code.text and "sqrt_rn" in code.text
+    plan = HopperPlan(forward_configs(64, 64, True)[0], code, torch.float16, True, True, False)
+    text = compiled(plan.source(), Target("cuda", 90, 32)).stages["ptx"]
+    assert text.count("mul.rn.f32") >= 3 and text.count("div.rn.f32") >= 2
+    assert "tanh.approx" not in text
+
+
 def test_configs():
     assert [c.tile_q for c in forward_configs(64, 64, True)][:2] == [192, 128]
     assert forward_configs(192, 128, False)[0].head_chunks == 3

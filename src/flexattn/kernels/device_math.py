@@ -11,6 +11,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 _LN2_HIGH = tl.constexpr(0.693359375)  # k * _LN2_HIGH is exact for |k| < 2^15
 _LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
 _TANH = tl.constexpr("tanh.approx.f32 $0, $1;")
+_PRODUCT = tl.constexpr("mul.rn.f32 $0, $1, $2;")
 _LOAD_16 = tl.constexpr("ld.global.nc.b16 $0, [$1];")
 _LOAD_32 = tl.constexpr("ld.global.nc.b32 $0, [$1];")
 _LOAD_64 = tl.constexpr("ld.global.nc.b64 $0, [$1];")
@@ -76,6 +77,13 @@ def tanh_exp2(x):
 def tanh_approx(x):
     """One instruction of NVIDIA GPUs: relative error of 2^-11, below a 16-bit score's rounding."""
     return tl.inline_asm_elementwise(_TANH, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def product(x, y):
+    """x * y of float32 on NVIDIA GPUs, rounded: never part of a fused multiply-add."""
+    return tl.inline_asm_elementwise(_PRODUCT, "=f,f,f", [x, y], dtype=tl.float32, is_pure=True,
+                                     pack=1)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -32,11 +33,14 @@ class Context:
     """What the expression of an operation may depend on besides its operands.
 
     fast: 16-bit attention inputs, whose rounding hides errors of 2^-11 in transcendentals.
+    exact: float32 arithmetic rounds once an operation, as `ir.evaluate` does: a mask must say of an
+    element what was proved, or evaluated, of its block. On NVIDIA GPUs.
     """
 
     target: Target
     fast: bool
     ranges: dict[Node, Range]
+    exact: bool = False
 
     def storage(self, n: Node) -> str:
         """The tl dtype a node's value is held in."""
@@ -136,7 +140,16 @@ def _divide(c: Context, n: Node, x: str, y: str) -> str:
     divisor = n.args[1]
     if c.fast and n.dtype is not torch.float64 and divisor.is_const and divisor.attr:
         return f"{x} * {literal(1.0 / divisor.attr, n.dtype)}"
+    if c.exact and c.target == "cuda" and n.dtype is not torch.float64:
+        return f"tl.div_rn({plain(x)}, {plain(y)})"
     return f"{x} / {y}"
+
+
+def _multiply(c: Context, n: Node, x: str, y: str) -> str:
+    """Exact: never part of a fused multiply-add."""
+    if c.exact and c.target == "cuda" and n.dtype is torch.float32:
+        return f"math.product({plain(x)}, {plain(y)})"
+    return f"{x} * {y}"
 
 
 def _floor_divide(c: Context, n: Node, x: str, y: str) -> str:
@@ -162,7 +175,7 @@ def _modulo(c: Context, n: Node, x: str, y: str) -> str:
 def _power(c: Context, n: Node, x: str, y: str) -> str:
     exponent = n.args[1]
     if exponent.is_const and exponent.attr in (2, 3, 4):
-        return " * ".join([x] * int(exponent.attr))
+        return reduce(lambda found, y: _multiply(c, n, found, y), [x] * int(exponent.attr))
     if n.dtype in INTEGERS:
         bits = max(c.ranges[exponent][1].bit_length(), 1)
         return f"math.integer_power({x}, {y}, {min(bits, 63)})"
@@ -226,7 +239,7 @@ TABLE: dict[Op, Entry] = {
     Op.NOT: lambda c, n, x: f"~{x}",
     Op.ADD: _infix("+"),
     Op.SUB: _infix("-"),
-    Op.MUL: _infix("*"),
+    Op.MUL: _multiply,
     Op.DIV: _divide,
     Op.FLOORDIV: _floor_divide,
     Op.MOD: _modulo,

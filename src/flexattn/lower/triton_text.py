@@ -55,8 +55,9 @@ class Role:
             new = {n: equal.get(m, m) for n, m in new.items()}
         self.prefix = prefix
         self.level = levels(self.graph.nodes)
-        self.context = Context(context.target, context.fast,
-                               leaf_ranges(self.graph, index_bound, first.numbers))
+        exact = prefix == "mask"
+        self.context = Context(context.target, context.fast and not exact,
+                               leaf_ranges(self.graph, index_bound, first.numbers), exact)
         self.reads: dict[Node, _Read] = {}
         for graph, facts in graphs:
             self._admit_reads(graph, facts, first.captures, new)
