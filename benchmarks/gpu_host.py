@@ -10,6 +10,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ if {backward}: out.sum().backward()
 torch.cuda.synchronize()
 print(time.perf_counter() - start)
 """
+TRITON = {"ours, Triton": """
+from flexattn import flex_attention as attention
+from flexattn.runtime import launch_gpu
+for kernels in (launch_gpu.FORWARD, launch_gpu.BACKWARD):
+    kernels.pop("hopper")
+"""}
 COUNT = """
 import torch, flexattn
 slope = 0.1
@@ -57,10 +64,11 @@ SWEEPS = {
 
 
 def first_call(options: argparse.Namespace) -> Iterator[Row]:
-    """A new mod's first call: with empty caches, and with the disk cache of an earlier process."""
+    """A new mod's first call: with empty caches, and with the disk cache of an earlier process; on
+    Hopper with the Triton kernels, too."""
     for backward in (False, True):
         shape = "B1 H8 S512 D64" + (" fwd+bwd" if backward else "")
-        for provider, attention in ATTENTIONS.items():
+        for provider, attention in (ATTENTIONS | TRITON).items():
             if options.providers and provider not in options.providers:
                 continue
             script = FIRST_CALL.format(attention=attention, backward=backward)
@@ -114,10 +122,15 @@ def _host_times(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
 
 def compiles(options: argparse.Namespace) -> Iterator[Row]:
     """GPU binaries that 100 calls leave in an empty disk cache."""
-    for case, sweep in SWEEPS.items():
-        for backward in (False, True):
-            with tempfile.TemporaryDirectory() as cache:
-                fresh_process(COUNT.format(backward=backward) + sweep, Path(cache))
-                count = sum(1 for _ in Path(cache, "flexattn").rglob("*.gpu"))
+    runs = [(case, backward) for case in SWEEPS for backward in (False, True)]
+    with ThreadPoolExecutor() as pool:
+        for (case, backward), count in zip(runs, pool.map(_compiled, *zip(*runs, strict=True)),
+                                           strict=True):
             yield Row(case, "fwd+bwd" if backward else "fwd", "bfloat16", "ours", count,
                       "compiled")
+
+
+def _compiled(case: str, backward: bool) -> int:
+    with tempfile.TemporaryDirectory() as cache:
+        fresh_process(COUNT.format(backward=backward) + SWEEPS[case], Path(cache))
+        return sum(1 for _ in Path(cache, "flexattn").rglob("*.gpu"))
