@@ -35,12 +35,12 @@ from flexattn.kernels.hopper_backward_pipeline import (
     allocate,
     await_dq_memory,
     end_block,
+    first_query,
     hand_over_dq,
     keys_of,
     meet,
     next_place,
     produce,
-    query_value,
     reduce,
     release_stage,
     sharers,
@@ -86,39 +86,47 @@ def _mod_of(part: gl.constexpr, place, walk, sizes, args, C: gl.constexpr,
 
 
 @gluon.jit
-def _read_by_query(mod, q_idx, shared, stage, layout: gl.constexpr, C: gl.constexpr,
-                   MODS: gl.constexpr):
-    """What the mods' functions take as their rows."""
-    rows = MODS.mod_rows(mod.batch, mod.head, q_idx, mod.args, mod.of_head)
-    if C.reads_queries:  # of which only the types are wanted: the producer has read them
-        read = ()
-        for i in gl.static_range(len(rows)):
-            read = read + (query_value(shared, stage, 1 + i, layout).to(rows[i].dtype),)
-        rows = read
-    return rows
+def _queries_read(mod, first_q, sizes, C: gl.constexpr, MODS: gl.constexpr):
+    """What the mod needs of the queries of a step, where that is read from memory: each thread
+    reads for one query, and the reads are under way while the tensor cores compute the scores."""
+    line: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, gl.num_warps()], [1, 0])
+    q_idx = first_q + gl.arange(0, C.tile_q, layout=gl.SliceLayout(0, line))
+    q_idx = gl.expand_dims(gl.minimum(q_idx, sizes.q_len - 1), 0)
+    return MODS.mod_rows(mod.batch, mod.head, q_idx, mod.args, mod.of_head)
 
 
 @gluon.jit
-def _probabilities(part: gl.constexpr, s, lse2, mod, shared, stage, place, sizes, scale,
+def _for_scores(values, s):
+    """The same values as the scores' threads need them."""
+    spread = ()
+    for i in gl.static_range(len(values)):
+        spread = spread + (gl.convert_layout(values[i], s.type.layout),)
+    return spread
+
+
+@gluon.jit
+def _probabilities(part: gl.constexpr, s, lse2, mod, read, first_q, place, sizes, scale,
                    MASKED: gl.constexpr, C: gl.constexpr, MODS: gl.constexpr):
-    """p, and the factor of (dp - delta) in the score's gradient. Rows that attend to nothing, and
-    those beyond the last one, have an infinite lse2."""
-    by_queries: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    masked: gl.constexpr = MASKED and MODS.mask_mod is not None
+    """p, and the factor of (dp - delta) in the score's gradient. read: by `_queries_read`."""
+    q_idx = first_q + gl.arange(0, C.tile_q, layout=gl.SliceLayout(0, s.type.layout))
+    q_idx = gl.expand_dims(q_idx, 0)
     kept = True
     if MASKED:
         first = place.tile * C.tile_kv + part * ROWS
         row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s.type.layout))
         kept = gl.expand_dims(row < sizes.kv_len, 1)
-        if MODS.score_mod is not None:  # which may make any number of any score
-            kept = kept & (lse2 < float("inf"))
-    if MODS.score_mod is not None or masked:
+        if MODS.score_mod is not None:  # otherwise lse2 makes p 0
+            kept = kept & (opaque(q_idx) < sizes.q_len)
+        q_idx = gl.minimum(q_idx, sizes.q_len - 1)
+    if C.reads_queries:
+        queries = _for_scores(read, s)
+    else:
+        queries = MODS.mod_rows(mod.batch, mod.head, q_idx, mod.args, mod.of_head)
+    parts = (mod.of_head, queries, mod.of_keys)
+    if MASKED and MODS.mask_mod is not None:
         # LLVM would compare many columns as one vector of bits, which a GPU does not have.
-        q_idx = opaque(query_value(shared, stage, 0, by_queries))
-        read = _read_by_query(mod, q_idx, shared, stage, by_queries, C, MODS)
-        parts = (mod.of_head, read, mod.of_keys)
-    if masked:
-        kept = kept & MODS.mask_mod(mod.batch, mod.head, q_idx, mod.kv_idx, mod.args, parts)
+        kept = kept & MODS.mask_mod(mod.batch, mod.head, opaque(q_idx), mod.kv_idx, mod.args,
+                                    parts)
     if MODS.score_mod is None:
         exponent = s * (scale * LOG2E)
     else:  # the forward has reported what the mod reads out of range
@@ -164,12 +172,18 @@ def _step(part: gl.constexpr, MASKED: gl.constexpr, shared, stage, phase, parity
     dtype: gl.constexpr = shared.q.dtype
     mbarrier.wait(shared.q_full.index(stage), phase)
     s = _start_product(part, shared.k, shared.q.index(stage), C)
+    read = ()
+    if C.reads_queries:
+        read = _queries_read(mod, first_query(shared, stage, phase, C), sizes, C, MODS)
     statistics = shared.statistics.index(stage)
     lse2 = gl.expand_dims(statistics.slice(0, C.tile_q).load(by_queries), 0)
     mbarrier.wait(shared.d_out_full.index(stage), phase)
     dp = _start_product(part, shared.v, shared.d_out.index(stage), C)
     s = warpgroup_mma_wait(1, deps=(s,))
-    p, factor = _probabilities(part, s, lse2, mod, shared, stage, place, sizes, scale, MASKED, C,
+    first_q = 0
+    if MASKED or MODS.score_mod is not None:  # no sooner, or ptxas would keep masks in registers
+        first_q = first_query(shared, stage, phase, C)
+    p, factor = _probabilities(part, s, lse2, mod, read, first_q, place, sizes, scale, MASKED, C,
                                MODS)
     p = gl.convert_layout(p.to(dtype), operand)
     delta = gl.expand_dims(statistics.slice(C.tile_q, C.tile_q).load(by_queries), 0)
@@ -243,10 +257,10 @@ def _consume(part: gl.constexpr, outputs, shared, sizes, blocks, args, scale, C:
 def hopper_backward(inputs, outputs, sizes, blocks, args, scale, C: gl.constexpr,
                     MODS: gl.constexpr):
     """One CTA for 128 keys of a head; four warps at the start."""
-    shared = allocate(inputs, outputs.dq, sizes, args, C, MODS)
+    shared = allocate(inputs, outputs.dq, C)
     gl.warp_specialize([
         (_consume, (0, outputs, shared, sizes, blocks, args, scale, C, MODS)),
         (_consume, (1, outputs, shared, sizes, blocks, args, scale, C, MODS)),
-        (produce, (inputs, shared, sizes, blocks, args, C, MODS)),
+        (produce, (inputs, shared, sizes, blocks, C, MODS)),
         (reduce, (outputs.dq, shared, sizes, blocks, C, MODS)),
     ], [4, 1, 1], [C.consumer_registers, C.producer_registers, C.producer_registers])

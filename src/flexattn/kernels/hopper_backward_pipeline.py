@@ -10,19 +10,17 @@ the memory back, and in the middle of a step the two meet.
 
 from typing import NamedTuple
 
-from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from flexattn.kernels.gluon_shim import reinterpret, tma_add, tma_load
-from flexattn.kernels.hopper_pipeline import named_barrier, whole_warp
+from flexattn.kernels.hopper_pipeline import named_barrier
 from flexattn.kernels.triton_tiles import ends_ragged, first_block, next_block
 
 
 class Sizes(NamedTuple):
-    """int32. kv_batches: 1, or as many as batches. together: how many lines (batches and heads of
-    keys) CTAs take at a time, the first tile of all of them before the second."""
+    """int32. kv_batches: 1, or as many as batches."""
 
     q_len: object
     kv_len: object
@@ -30,7 +28,6 @@ class Sizes(NamedTuple):
     heads: object
     kv_batches: object
     kv_heads: object
-    together: object
 
 
 class Blocks(NamedTuple):
@@ -58,7 +55,6 @@ class Shared(NamedTuple):
     """Shared memory. k and v: 64 rows of each consumer. q, d_out, statistics: a tile a stage.
     ds: of each consumer, twice; dq: each one's share. step: of each of twice as many steps as
     there are stages, the line (batch and head) and the first query, for the reducer and the mods.
-    queries: what mods get of each query of a stage, its index first; it comes with d_out.
     never: two mbarriers that nobody uses, see `end_block`."""
 
     q: object
@@ -69,7 +65,6 @@ class Shared(NamedTuple):
     ds: object
     dq: object
     step: object
-    queries: object
     kv_full: object
     q_full: object
     d_out_full: object
@@ -133,58 +128,8 @@ def end_block(shared, number: gl.constexpr):
     mbarrier.wait(shared.never[number].index(0), 1)
 
 
-@constexpr_function
-def _stored(dtype):
-    """How shared memory has values of this type."""
-    return gl.int8 if dtype == gl.int1 else dtype
-
-
 @gluon.jit
-def _values_of_queries(batch, head, of_head, first_q, sizes, args, C: gl.constexpr,
-                       MODS: gl.constexpr):
-    """What mods get of each query of a tile: its index, and what they read by it. A consumer that
-    computed indices would ask for its thread's number before each of them."""
-    values = ()
-    if MODS.mask_mod is not None or MODS.score_mod is not None:
-        line: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        q_idx = gl.minimum(first_q + gl.arange(0, C.tile_q, layout=line), sizes.q_len - 1)
-        values = (q_idx,)
-        if C.reads_queries:
-            values = values + MODS.mod_rows(batch, head, q_idx, args, of_head)
-    return values
-
-
-@gluon.jit
-def _memory_of_queries(sizes, args, C: gl.constexpr, MODS: gl.constexpr):
-    words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    first = gl.program_id(0) * 0
-    of_head = MODS.mod_head(first, first, args)
-    # Only their types are wanted: nothing is read.
-    values = _values_of_queries(first, first, of_head, first, sizes, args, C, MODS)
-    memory = ()
-    for i in gl.static_range(len(values)):
-        memory = memory + (gl.allocate_shared_memory(
-            _stored(values[i].dtype), [C.stages, C.tile_q], words),)
-    return memory
-
-
-@gluon.jit
-def _put_queries(shared, stage, values):
-    for i in gl.static_range(len(values)):
-        memory = shared.queries[i].index(stage)
-        memory.store(values[i].to(memory.dtype))
-    if len(values) > 0:
-        whole_warp()
-
-
-@gluon.jit
-def query_value(shared, stage, which: gl.constexpr, layout: gl.constexpr):
-    """[1, tile_q], for the queries of a stage."""
-    return gl.expand_dims(shared.queries[which].index(stage).load(layout), 0)
-
-
-@gluon.jit
-def allocate(inputs, dq_desc, sizes, args, C: gl.constexpr, MODS: gl.constexpr) -> Shared:
+def allocate(inputs, dq_desc, C: gl.constexpr) -> Shared:
     dtype: gl.constexpr = inputs.q.dtype
     mbarriers: gl.constexpr = mbarrier.MBarrierLayout()
     words: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -204,7 +149,6 @@ def allocate(inputs, dq_desc, sizes, args, C: gl.constexpr, MODS: gl.constexpr) 
         gl.float32, [2, ROWS, 64],
         gl.NVMMASharedLayout.get_default_for([ROWS, 64], gl.float32))
     step = gl.allocate_shared_memory(gl.int32, [4 * C.stages, 1], words)
-    queries = _memory_of_queries(sizes, args, C, MODS)
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarriers)
     q_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarriers)
     d_out_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarriers)
@@ -217,8 +161,7 @@ def allocate(inputs, dq_desc, sizes, args, C: gl.constexpr, MODS: gl.constexpr) 
     for stage in gl.static_range(gl.constexpr(C.stages)):
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(d_out_full.index(stage), count=1)
-    return Shared(q, k, v, d_out, statistics, ds, dq, step, queries, kv_full, q_full, d_out_full,
-                  never)
+    return Shared(q, k, v, d_out, statistics, ds, dq, step, kv_full, q_full, d_out_full, never)
 
 
 @gluon.jit
@@ -257,13 +200,9 @@ def first_query(shared, stage, phase, C: gl.constexpr):
 
 @gluon.jit
 def keys_of(sizes, C: gl.constexpr) -> Place:
-    """The first tiles of a causal mask have the most steps, so they come first."""
-    per_group = sizes.together * gl.cdiv(sizes.kv_len, C.tile_kv)
-    first = gl.program_id(0) // per_group * sizes.together
-    lines = gl.minimum(sizes.together, sizes.kv_batches * sizes.kv_heads - first)
-    place = gl.program_id(0) % per_group
-    line = first + place % lines
-    return Place(line // sizes.kv_heads, line % sizes.kv_heads, place // lines)
+    tiles = gl.cdiv(sizes.kv_len, C.tile_kv)
+    line = gl.program_id(0) // tiles
+    return Place(line // sizes.kv_heads, line % sizes.kv_heads, gl.program_id(0) % tiles)
 
 
 @gluon.jit
@@ -319,12 +258,9 @@ def _load_keys(desc, place, full, memory, C: gl.constexpr):
 
 
 @gluon.jit
-def _load_step(inputs, walk, of_head, block, stage, phase, shared, sizes, args, C: gl.constexpr,
-               MODS: gl.constexpr):
+def _load_step(inputs, walk, line, block, stage, phase, shared, C: gl.constexpr):
     """One tile of queries, when its stage is free. Gives the next stage."""
     first_q = block * C.tile_q
-    line = walk.batch * sizes.heads + walk.head
-    values = _values_of_queries(walk.batch, walk.head, of_head, first_q, sizes, args, C, MODS)
     named_barrier("sync", _STAGE_EMPTY + stage, 256 + 32)
     put_step(shared, stage, phase, line, first_q, C)
     full = shared.q_full.index(stage)
@@ -333,7 +269,6 @@ def _load_step(inputs, walk, of_head, block, stage, phase, shared, sizes, args, 
     statistics: gl.constexpr = inputs.statistics.block_type.shape
     tma_load(inputs.statistics, [0, line, 0, first_q], full,
              reinterpret(shared.statistics.index(stage), statistics, inputs.statistics.layout))
-    _put_queries(shared, stage, values)
     full = shared.d_out_full.index(stage)
     mbarrier.expect(full, inputs.d_out.block_type.nbytes)
     _load(inputs.d_out, walk.batch, walk.head, first_q, full, shared.d_out.index(stage))
@@ -341,7 +276,7 @@ def _load_step(inputs, walk, of_head, block, stage, phase, shared, sizes, args, 
 
 
 @gluon.jit
-def produce(inputs, shared, sizes, blocks, args, C: gl.constexpr, MODS: gl.constexpr):
+def produce(inputs, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
     """Loads the keys and values and, when the tables are read, tile after tile of queries."""
     place = keys_of(sizes, C)
     _load_keys(inputs.k, place, shared.kv_full.index(0), shared.k, C)
@@ -351,22 +286,19 @@ def produce(inputs, shared, sizes, blocks, args, C: gl.constexpr, MODS: gl.const
     phase = 0
     for sharer in range(sharers(sizes)):
         walk = walk_of(place, sharer, sizes, blocks, C, MODS)
-        of_head = MODS.mod_head(walk.batch, walk.head, args)
+        line = walk.batch * sizes.heads + walk.head
         if blocks is None:
             for block in range(walk.full + walk.partial):
-                stage, phase = _load_step(inputs, walk, of_head, block, stage, phase, shared,
-                                          sizes, args, C, MODS)
+                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
         else:
             _, run, runs, block, stop = first_block(blocks.full, walk.row, last)
             partly = first_block(blocks.partial, walk.row, last)
             for _ in range(walk.full):
-                stage, phase = _load_step(inputs, walk, of_head, block, stage, phase, shared,
-                                          sizes, args, C, MODS)
+                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
                 run, block, stop = next_block(blocks.full, run, runs, block, stop, last)
             _, run, runs, block, stop = partly
             for _ in range(walk.partial):
-                stage, phase = _load_step(inputs, walk, of_head, block, stage, phase, shared,
-                                          sizes, args, C, MODS)
+                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
                 run, block, stop = next_block(blocks.partial, run, runs, block, stop, last)
 
 

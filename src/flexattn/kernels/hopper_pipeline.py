@@ -106,15 +106,6 @@ def named_barrier(operation: gl.constexpr, which, threads: gl.constexpr):
 
 
 @gluon.jit
-def whole_warp():
-    """In a partition of one warp: its threads wait for one another, and see what each stored."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    each = gl.full([32 * gl.num_warps()], -1, gl.int32, layout)
-    gl.inline_asm_elementwise("bar.warp.sync -1; mov.b32 $0, $1;", "=r,r", [each], dtype=gl.int32,
-                              is_pure=False, pack=1)
-
-
-@gluon.jit
 def await_turn(part: gl.constexpr, C: gl.constexpr):
     if C.consumers > 1:
         named_barrier("sync", _TURN + part, 256)

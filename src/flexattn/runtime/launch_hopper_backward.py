@@ -20,7 +20,7 @@ from flexattn.ir.ops import Op
 from flexattn.kernels.hopper_backward_config import HopperBackwardConfig, backward_configs
 from flexattn.lower.separate import ROWS, levels
 from flexattn.runtime.call import Call, Gradients, Result
-from flexattn.runtime.gpu_driver import Function, multiprocessors
+from flexattn.runtime.gpu_driver import Function
 from flexattn.runtime.gpu_launch import (
     TYPES,
     Box,
@@ -40,7 +40,6 @@ from flexattn.runtime.triton_backward_plan import deterministic
 
 _LARGEST_TILE = 128
 _CONSUMER_ROWS = 64
-_CTAS_TOGETHER = 4  # of each multiprocessor: their lines share the cache, and end together
 _ROUND_ROWS = 32
 _MOST_SPILLED = 256  # bytes of local memory a thread: mostly outside of the loops
 _TOO_MANY_SPILLED = 512  # Triton's kernels are faster
@@ -142,7 +141,7 @@ class HopperBackwardPlan:
             "inputs": Inputs(of_queries, of_keys, of_keys, of_queries,
                              descriptor_type("fp32", 2, config.tile_q)),
             "outputs": Outputs(of_keys, of_keys, descriptor_type("fp32", _CONSUMER_ROWS, 64)),
-            "sizes": Sizes(*["i32"] * 7),
+            "sizes": Sizes(*["i32"] * 6),
             "blocks": Blocks(TABLE, TABLE, "i32", "i32") if self.sparse else "constexpr",
             "args": self.code.argument_type(), "scale": "fp32", "C": "constexpr",
             "MODS": "constexpr"}
@@ -153,11 +152,6 @@ class HopperBackwardPlan:
             constants["blocks"] = None
         options = {"num_warps": 4, "maxnreg": config.entry_registers}
         return Source(hopper_backward, signature, constants, {}, options)
-
-
-def lines_together(tiles: int, device: int) -> int:
-    """How many heads of so many tiles of keys CTAs take at a time."""
-    return -(-_CTAS_TOGETHER * multiprocessors(device) // tiles)
 
 
 class _Memory(NamedTuple):
@@ -223,9 +217,7 @@ class _Backward:
         boxes += [Box(t, _CONSUMER_ROWS, config.head_dim) for t in (memory.dk, memory.dv)]
         boxes.append(Box(memory.total, _CONSUMER_ROWS, 64, exact=True))
         values = [value for box in boxes for value in box.values]
-        tiles = -(-k.shape[2] // config.tile_kv)
-        values += [q.shape[2], k.shape[2], *q.shape[:2], *k.shape[:2],
-                   lines_together(tiles, q.get_device())]
+        values += [q.shape[2], k.shape[2], *q.shape[:2], *k.shape[:2]]
         if call.block_mask is not None:
             found = tables(call.block_mask, config.tile_q, config.tile_kv, by_columns=True)
             values += [*found.tensors, found.batch, found.heads]
