@@ -24,7 +24,10 @@ from flexattn.reference import attention
 DEVICE = "cuda"
 BATCH = 2
 ROUNDING = 1e-6  # relative error that float32 results may have whatever eager's is
-TF32_UNIT = 2.0**-11  # what rounding a number to tf32 changes at most
+# What rounding a number changes at most (in float32: how far a GPU's exp2 is off), and the standard
+# deviation of it as a share of that.
+UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "tf32": 2.0**-11, "float32": 2.0**-22}
+DEVIATION = 0.4
 HALF_UNIT = 2.0**-24  # of a float32: so much of itself lse is off, and probabilities made from it
 AXES: dict[str, Sequence[Any]] = {
     "dims": ((64, 64), (128, 128), (16, 16), (96, 96), (80, 80), (256, 256), (192, 128),
@@ -221,23 +224,32 @@ def dense(case: Case, inputs: list[Tensor], weights: Weights, mods: Any,
         return _results(out, lse, inputs, trained, weights, True)
 
 
-def moved_by_delta(inputs: list[Tensor], weights: Weights, mods: Any, exact: Results,
+def moved_by_delta(case: Case, inputs: list[Tensor], weights: Weights, mods: Any, exact: Results,
                    draws: int = 8) -> dict[str, float]:
-    """How much gradients of captured tensors change, relative to themselves, when the row sums
-    delta = sum(d_out * out) are rounded as fused kernels do (SDPA's and FlashAttention's, too):
-    each product in it to tf32. An error of delta_i changes a gradient by that times the gradient of
-    lse_i, and where a row's terms cancel that can be many times the error of eager attention."""
+    """The standard deviation of gradients, relative to their norms, when the row sums
+    delta = sum(d_out * out) are off as in fused kernels (SDPA's and FlashAttention's, too), each
+    product in them rounded to the case's dtype. An error of delta_i changes a gradient by that
+    times the gradient of lse_i: where a row's terms cancel, by far more than eager attention is
+    off."""
     score_mod, mask_mod, trained = mods
     out, lse, _ = attention(*inputs, score_mod, mask_mod, None, torch.float64)
-    off = TF32_UNIT * (out * weights[0]).norm(dim=-1).detach()
+    off = DEVIATION * UNIT[case.dtype] * (out * weights[0]).norm(dim=-1).detach()
+    names, tensors = _trained(inputs, trained)
+    names.remove("value")
     found = []
     for _ in range(draws):
-        moved = torch.where(lse.isinf(), 0.0, lse * off * torch.randn_like(lse).sign()).sum()
-        found.append(torch.autograd.grad(moved, trained, retain_graph=True))
-    names = [f"captured{i}" for i in range(len(trained))]
+        moved = torch.where(lse.isinf(), 0.0, lse * off * torch.randn_like(lse)).sum()
+        found.append(torch.autograd.grad(moved, [t for t in tensors if t is not inputs[2]],
+                                         retain_graph=True))
     return {name: float(torch.stack(grads).double().norm() / draws**0.5
-                        / exact.tensors[name].double().norm())
+                        / exact.tensors[name].double().norm().clamp(min=1e-30))
             for name, grads in zip(names, zip(*found, strict=True), strict=True)}
+
+
+def _trained(inputs: list[Tensor], captured: list[Tensor]) -> tuple[list[str], list[Tensor]]:
+    """What has gradients, by name."""
+    names = ["query", "key", "value", *(f"captured{i}" for i in range(len(captured)))]
+    return names, [*inputs, *captured]
 
 
 def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], trained: list[Tensor],
@@ -247,8 +259,8 @@ def _results(out: Tensor, lse: Tensor, inputs: list[Tensor], trained: list[Tenso
         loss = (out * weights[0].to(out.dtype)).sum()
         if weights[1] is not None:
             loss = loss + torch.where(lse.isinf(), 0.0, lse * weights[1].to(lse.dtype)).sum()
-        names = ["query", "key", "value", *(f"captured{i}" for i in range(len(trained)))]
-        found |= dict(zip(names, torch.autograd.grad(loss, [*inputs, *trained]), strict=True))
+        names, tensors = _trained(inputs, trained)
+        found |= dict(zip(names, torch.autograd.grad(loss, tensors), strict=True))
     return Results(found)
 
 

@@ -252,10 +252,9 @@ def _attend(part: gl.constexpr, tile, shared, place, stage, phase, sizes, args, 
 
 
 @gluon.jit
-def _store(part: gl.constexpr, tile, o, top, total, results, sizes, unit, to_base2,
-           C: gl.constexpr):
+def _store(part: gl.constexpr, tile, o, top, total, results, sizes, unit, C: gl.constexpr):
     """Normalised rows, and their statistics where wanted; scores are in multiples of `unit`."""
-    lse, factor = statistics(top, total, to_base2)
+    lse, factor = statistics(top, total, unit)
     layout: gl.constexpr = _store_layout(C)
     empty = column(factor, o) == 0.0
     o = gl.where(empty, 0.0, o * column(factor, o))
@@ -300,7 +299,7 @@ def _consume(part: gl.constexpr, shared, results, sizes, args, scale, C: gl.cons
     while tile.batch >= 0:
         stage, phase, o, top, total = _attend(part, tile, shared, place, stage, phase, sizes, args,
                                               scale, to_base2, C, MODS)
-        _store(part, tile, o, top, total, results, sizes, unit, to_base2, C)
+        _store(part, tile, o, top, total, results, sizes, unit, C)
         place, tile_phase = next_place(place, tile_phase, C.q_stages)
         mbarrier.wait(shared.q_full.index(place), tile_phase)
         tile = announced(shared, place)

@@ -174,10 +174,11 @@ def next_softmax(s, top, total, to_base2, line, LINE: gl.constexpr):
 
 
 @gluon.jit
-def statistics(top, total, to_base2):
-    """Natural-log lse and the factor that normalises a row (0 where nothing was attended)."""
+def statistics(top, total, unit):
+    """Natural-log lse and the factor that normalises a row (0 where nothing was attended). unit:
+    of the scores, as it was given: from a product with log2(e) every lse would be off alike."""
     top = opaque(top)  # or its product is kept in a register through the loop
     row_total = gl.convert_layout(gl.sum(total, 1), top.type.layout)
     empty = top == -float("inf")
-    lse = gl.where(empty, top, (top * to_base2 + log2(row_total)) * LN2)
+    lse = gl.where(empty, top, top * unit + log2(row_total) * LN2)
     return lse, gl.where(empty, 0.0, 1.0 / row_total)
