@@ -90,11 +90,19 @@ PROVIDERS: dict[str, providers.Provider] = {
 
 
 def mods(options: argparse.Namespace, head_dim: int) -> Iterator[Row]:
-    """B=2, S=8192 of every mod, forward and backward."""
+    """B=2, S=8192 of every mod, forward and backward; and how fast this GPU multiplies."""
+    yield from _product(options)
     shape = HeadShape(2, COLUMNS // head_dim, COLUMNS // head_dim, 8192, 8192, head_dim,
                       torch.bfloat16)
     for name in options.cases or MODS:
         yield from both_ways(CASES[name](shape), options)
+
+
+def _product(options: argparse.Namespace) -> Iterator[Row]:
+    """Of two square matrices of bfloat16, by cuBLAS."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = interleaved({"cublas": lambda: a @ b}, rounds=options.rounds)
+    yield from _rows("matmul", "8192 x 8192 x 8192", times, 2 * 8192**3 * 1e-12, "TFLOP/s")
 
 
 def plain(options: argparse.Namespace) -> Iterator[Row]:
@@ -192,6 +200,13 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "first_call": gpu_host.first_call,
     "compiles": gpu_host.compiles,
     "memory": gpu_memory.peak,
+}
+
+
+PARTS = {  # what chooses a part of a section
+    "mods128": ("--cases", MODS), "mods64": ("--cases", MODS), "heavy": ("--cases", tuple(HEAVY)),
+    "corners": ("--corners", tuple(CORNERS)), "learned_bias": ("--head-dims", ("64", "128")),
+    "plain": ("--head-dims", ("64", "128")),
 }
 
 

@@ -3,7 +3,8 @@
 In: the options of benchmarks.run. Out: rows whose `value` is a relative error in parts of a
 million, of the output and of lse, for mods of the library and for random and saturated logits.
 SDPA gets a mod as its users write it: a bias tensor of its dtype where the mod only adds, and no
-SDPA row where it does more. Its lse is FlashAttention's, which it gives without a mod only.
+SDPA row where it does more. Its lse is FlashAttention's, and in rows of their own cuDNN's, which
+they give without a mod only.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _rows(case: _Case, shape: HeadShape, logits: str,
     exact = attention(*inputs, case.score_mod, case.mask_mod, dtype=torch.float64)
     found = {"ours": _ours(case, inputs),
              "eager": attention(*inputs, case.score_mod, case.mask_mod, dtype=shape.dtype)[:2],
-             "sdpa": _sdpa(case, shape, inputs)}
+             "sdpa": _sdpa(case, shape, inputs), "cudnn": _cudnn(case, inputs)}
     for number, name in enumerate(("out", "lse")):
         errors = {who: _error(tensor, exact[number]) for who, results in found.items()
                   if (tensor := results[number]) is not None}
@@ -103,6 +104,15 @@ def _sdpa(case: _Case, shape: HeadShape, inputs: tuple[Tensor, Tensor, Tensor]
     if not case.adds:
         return None, None
     return F.scaled_dot_product_attention(*inputs, attn_mask=_bias(case, shape)), None
+
+
+def _cudnn(case: _Case, inputs: tuple[Tensor, Tensor, Tensor]
+           ) -> tuple[Tensor | None, Tensor | None]:
+    if case.score_mod is not None or case.mask_mod not in (None, causal_mask):
+        return None, None
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *inputs, None, True, is_causal=case.mask_mod is not None)
+    return out, lse.view(out.shape[:3])
 
 
 def _bias(case: _Case, shape: HeadShape) -> Tensor:

@@ -2,7 +2,7 @@
 
 A suite is a module with SECTIONS: name -> function(options) -> rows, and with CASES, PROVIDERS and
 DEVICE where they are not those of the CPU. `--sections`, `--cases` and the like choose parts; a
-partial run writes only the sections it ran.
+partial run writes only the sections it ran. `--warm` compiles before it times.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from benchmarks import report
 from benchmarks.cases import CASES
 from benchmarks.providers import PROVIDERS
+from benchmarks.warm import warm
 
 SUITES = {
     "block_mask": "benchmarks.block_mask",
@@ -38,6 +39,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048])
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warm", type=int, default=0,
+                        help="first run every case once, so many at a time, to fill the caches")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="", help="whose name the results carry")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
@@ -69,16 +72,20 @@ def main(words: list[str] | None = None) -> None:
     suite = importlib.import_module(SUITES[options.suite])
     sections = suite.SECTIONS
     _complete(parser, options, suite)
+    if options.warm:
+        warm(options.suite, options.sections or sections, getattr(suite, "PARTS", {}),
+             options.warm)
     for key, value in report.origin(options.device).items():
         print(f"{key}: {value}")
     for name in options.sections or sections:
         start = time.perf_counter()
-        rows = []
+        rows: list[report.Row] = []
+        path = None
         for row in sections[name](options):
             rows.append(row)
+            path = report.write(rows, options.suite, name, options.device, options.out)
             print(f"\r  {name}: {row.case} {row.shape} {row.dtype} {row.provider}", end="\x1b[K",
                   flush=True)
-        path = report.write(rows, options.suite, name, options.device, options.out)
         print(f"\r\x1b[K\n{name} ({time.perf_counter() - start:.0f} s, {path})")
         print(report.table(rows), flush=True)
 

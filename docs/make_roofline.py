@@ -1,4 +1,4 @@
-"""Writes the roofline of docs/performance.md from the committed results of an H100:
+"""Writes the roofline of docs/performance.md from the committed results of an H200:
 `python docs/make_roofline.py`.
 
 Attention on Hopper has two ceilings: the tensor cores, and the special-function unit, which makes
@@ -8,19 +8,18 @@ arithmetic there is per special function, and how much of it a second is done.
 
 from __future__ import annotations
 
+import csv
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3/gpu-tables.txt"
-IMAGE = Path(__file__).parent / "images/roofline_h100.svg"
-CLOCKS = 132 * 1.755e9  # multiprocessors times the boost clock of an H100 SXM
+RESULTS = ROOT / "benchmarks/results/nvidia-h200"
+IMAGE = Path(__file__).parent / "images/roofline_h200.svg"
+CLOCKS = 132 * 1.755e9  # multiprocessors times the clock that the data sheet's rates are for
 TENSOR, SPECIAL = 4096 * CLOCKS, 16 * CLOCKS  # FLOP and special functions a second
 MARKS = {"ours": "#2563eb", "cudnn": "#16a34a", "torch_flex": "#dc2626"}
-ROW = re.compile(r"(.+) fwd +B2 H\d+ S8192 D(\d+) +bfloat16 +\S+ ms +(\S+) TFLOP/s +\S+ *(\S+)?x?")
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 760, 440, 70, 40, 150, 50
 LOW, HIGH = 96, 1400  # FLOP per special function
 
@@ -35,18 +34,14 @@ class Point(NamedTuple):
 
 
 def points() -> Iterator[Point]:
-    """Forward rows of S=8192; a table names its peer in the last column's head."""
-    peer = ""
-    for line in RESULTS.read_text().splitlines():
-        head, row = re.search(r" vs (\w+)$", line.rstrip()), ROW.match(line)
-        if head:
-            peer = head[1]
-        if row:
-            case, columns, rate, ratio = row.groups()
-            per_special = 4 * int(columns) / (2 if case == "softcap" else 1)
-            yield Point(case, per_special, float(rate), "ours")
-            if ratio:
-                yield Point(case, per_special, float(rate) / float(ratio.rstrip("x")), peer)
+    """Forward rows of the mods' tables."""
+    for columns in (64, 128):
+        lines = (RESULTS / f"gpu-mods{columns}.csv").read_text().splitlines()
+        for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+            case, _, direction = row["case"].rpartition(" ")
+            if direction == "fwd":
+                per_special = 4 * columns / (2 if case == "softcap" else 1)
+                yield Point(case, per_special, float(row["rate"]), row["provider"])
 
 
 def across(per_special: float) -> float:
