@@ -75,8 +75,10 @@ def flex_attention(
         scale: default 1 / sqrt(D).
         enable_gqa: allow Hq to be a multiple of Hkv.
         return_lse: deprecated; also return lse. Use return_aux.
-        kernel_options: torch's hints for its own kernels, any keys; accepted, so that code written
-            for torch runs. Results do not depend on them.
+        kernel_options: any keys; torch's hints for its own kernels are accepted and change
+            nothing. Ours, in eager calls: "deterministic" (bool) asks for the same bits in every
+            run, as torch.use_deterministic_algorithms does; "autotune" (bool) times all kernels
+            and tiles that serve the call on this GPU once, and keeps the fastest on disk.
         return_aux: AuxRequest(lse, max_scores); the result is then (out, AuxOutput).
 
     Under autocast, query, key and value are cast as scaled_dot_product_attention's. In eager mode a

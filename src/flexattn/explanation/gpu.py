@@ -51,11 +51,19 @@ def kernels(call: Call) -> tuple[Kernel, ...]:
     if not call.query.is_cuda:
         return ()
     found = launch_gpu.choice(launch_triton.with_rows(call))
-    facts = {f"not {name}": reason for name, reason in found.refusals}
     file = f"kernels/{found.kernel.replace(' ', '_')}.py"
     if found.kernel in ("triton", "hopper"):
         file = f"kernels/{found.kernel}_forward.py"
-    return (Kernel("forward", found.kernel, file, facts=facts), _backward(call))
+    return (_kernel("forward", found, file), _backward(call))
+
+
+def _kernel(role: str, found: launch_gpu.Choice, file: str) -> Kernel:
+    facts = {f"not {name}": reason for name, reason in found.refusals}
+    used = found.prepared.functions
+    facts |= {"registers of a thread": ", ".join(str(f.registers) for f in used),
+              "spilled bytes of a thread": ", ".join(str(f.spilled_bytes) for f in used),
+              "bytes of shared memory": ", ".join(str(f.binary.shared) for f in used)}
+    return Kernel(role, found.kernel, file, found.prepared.tile, facts)
 
 
 def _backward(call: Call) -> Kernel:
@@ -63,5 +71,4 @@ def _backward(call: Call) -> Kernel:
     out = like_query(call.query, call.value.shape[-1])
     lse = torch.empty(call.query.shape[:3], dtype=torch.float32, device=out.device)
     found = launch_gpu.backward_choice(call, Result(out, lse), out, None)
-    return Kernel("backward", found.kernel, f"kernels/{found.kernel}_backward.py",
-                  facts={f"not {name}": reason for name, reason in found.refusals})
+    return _kernel("backward", found, f"kernels/{found.kernel}_backward.py")

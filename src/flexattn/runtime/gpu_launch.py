@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from flexattn.compile_triton import Binary, Source, binary
+from flexattn.compile_triton import Source, binary
 from flexattn.runtime.call import Call, Gradients, Result
 from flexattn.runtime.gpu_driver import Function, target
 from flexattn.runtime.gpu_mods import INTERPRETED
@@ -24,15 +24,26 @@ Grid = tuple[int, int, int]
 _HERE = nullcontext()
 
 
+class Tiled(Protocol):
+    """tile: what was chosen of its kernels' tiles. functions: its kernels, the main ones first;
+    empty where Triton's interpreter runs them."""
+
+    @property
+    def tile(self) -> dict[str, int]: ...
+
+    @property
+    def functions(self) -> list[Function]: ...
+
+
 @runtime_checkable
-class Prepared(Protocol):
+class Prepared(Tiled, Protocol):
     """A kernel chosen and compiled for calls that agree in everything but values."""
 
     def run(self, call: Call) -> Result: ...
 
 
 @runtime_checkable
-class PreparedBackward(Protocol):
+class PreparedBackward(Tiled, Protocol):
     """The same of a backward."""
 
     def run(self, call: Call, result: Result, d_out: Tensor,
@@ -123,8 +134,8 @@ class Launch:
             self._values += [0] * (function.parameters - len(values))  # what Triton adds
 
     @property
-    def binary(self) -> Binary | None:
-        return self._function.binary if self._function else None
+    def functions(self) -> list[Function]:
+        return [self._function] if self._function else []
 
     def fresh(self, values: Sequence[Any], stream: int) -> None:
         """A launch with the tensors among these values."""

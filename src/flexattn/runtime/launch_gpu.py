@@ -11,7 +11,7 @@ With FLEXATTN_CHECK=1 every call waits for its kernel and raises what it reporte
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flexattn.errors import DeviceError, DtypeError, ShapeError, message
 from flexattn.runtime import (
+    autotune,
     gpu_mods,
     launch_hopper,
     launch_hopper_backward,
@@ -41,6 +42,10 @@ BACKWARD: dict[str, Callable[..., PreparedBackward | Refusal]] = {
     "hopper": launch_hopper_backward.prepare,
     "triton": launch_triton_backward.prepare,
 }
+_TUNED: dict[Any, Callable[..., Iterator[Any]]] = {
+    module.prepare: module.candidates
+    for module in (launch_triton_decode, launch_hopper, launch_triton, launch_hopper_backward,
+                   launch_triton_backward)}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHECK = os.environ.get("FLEXATTN_CHECK") == "1"
 _MOST_PREPARED = 4096
@@ -107,13 +112,13 @@ def backward_choice(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | N
     if found is None:
         if len(_backwards) >= _MOST_PREPARED:
             _backwards.clear()
-        found = _backwards[key] = _first(BACKWARD, call, result, d_out, d_lse)
+        found = _backwards[key] = _served(BACKWARD, call, result, d_out, d_lse)
     return found
 
 
 def choice(call: Call) -> Choice:
     """The kernel of a call with contiguous columns, prepared."""
-    if launch_triton_decode.decodes(call):
+    if launch_triton_decode.decodes(call) and not autotune.asked(call):
         found = _found(launch_triton_decode.key(call), call)
         if found.kernel == "triton decode":
             return found
@@ -135,7 +140,27 @@ def _chosen(call: Call) -> Choice:
                                  expected="float16, bfloat16 or float32",
                                  got=str(call.query.dtype),
                                  remedy="convert the tensors, or run them on the CPU"))
-    return _first(FORWARD, call)
+    return _served(FORWARD, call)
+
+
+def _served(kernels: Mapping[str, Callable[..., Any]], call: Call, *more: Any) -> Choice:
+    """By the fastest kernel and tile if the call asks for it, or by the first that takes it."""
+    if not autotune.asked(call):
+        return _first(kernels, call, *more)
+
+    def candidates() -> Iterator[autotune.Candidate]:
+        for name, prepare in kernels.items():
+            yield from ((name, found) for found in _TUNED[prepare](call, *more))
+
+    found = autotune.fastest(autotune.facts_of(call, kernels), candidates,
+                             lambda prepared: prepared.run(call, *more))
+    if found is None:
+        return _first(kernels, call, *more)  # which says why
+    return Choice(*found, (), _graphs(call))
+
+
+def _graphs(call: Call) -> list[Any]:
+    return [mod.graph for mod in (call.score, call.mask) if mod is not None]
 
 
 def _first(kernels: Mapping[str, Callable[..., Any]], call: Call, *more: Any) -> Choice:
@@ -144,8 +169,7 @@ def _first(kernels: Mapping[str, Callable[..., Any]], call: Call, *more: Any) ->
     for name, prepare in kernels.items():
         prepared = prepare(call, *more)
         if not isinstance(prepared, Refusal):
-            graphs = [mod.graph for mod in (call.score, call.mask) if mod is not None]
-            return Choice(name, prepared, tuple(refusals), graphs)
+            return Choice(name, prepared, tuple(refusals), _graphs(call))
         refusals.append((name, prepared.reason))
     raise _no_kernel(refusals)
 
@@ -162,7 +186,7 @@ def _key(call: Call) -> tuple:
             q.get_device(), q.data_ptr() & 15, k.data_ptr() & 15, v.data_ptr() & 15, call.scale,
             call.want_lse, call.want_max_scores, mod_key(call.score), mod_key(call.mask),
             _mask_key(call), q.dtype is torch.float32
-            and torch.get_float32_matmul_precision())
+            and torch.get_float32_matmul_precision(), autotune.asked(call))
 
 
 def _mask_key(call: Call) -> tuple | None:

@@ -7,6 +7,7 @@ give it a smaller tile.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,27 +50,36 @@ def prepare(call: Call) -> Prepared | Refusal:
     reason = _refused(call)
     if reason is not None:
         return Refusal(reason)
+    chosen = None
+    for found in _fitting(call, every=False):
+        if chosen is None or found.function.spilled_bytes < chosen.function.spilled_bytes:
+            chosen = found
+        if found.function.spilled_bytes <= _MOST_SPILLED:
+            break
+    return chosen or Refusal("no tile fits the shared memory")
+
+
+def candidates(call: Call) -> Iterator[Prepared]:
+    """The call with each config that fits."""
+    if _refused(call) is None:
+        yield from _fitting(call, every=True)
+
+
+def _fitting(call: Call, every: bool) -> Iterator[_Forward]:
+    """every: configs for other calls, too."""
     given, call = call, with_boxes(call)
     code = mod_code(call, "cuda")
     device = call.query.device
     fold = (call.score is None or code.sloped) and call.scale > 0
-    chosen = None
     for config in forward_configs(call.query.shape[-1], call.value.shape[-1], fold,
-                                  crowded(call, fold), short_rows(call)):
+                                  not every and crowded(call, fold), every or short_rows(call)):
         plan = HopperPlan(config, code, call.query.dtype, call.block_mask is not None,
                           call.want_lse, call.want_max_scores)
         found = function(plan.key, device, plan.source)
         assert found is not None
-        if not _fits(config, found.binary.shared, shared_limit(device.index)):
-            continue
-        if chosen is None or found.spilled_bytes < chosen[1].spilled_bytes:
-            chosen = plan, found
-        if found.spilled_bytes <= _MOST_SPILLED:
-            break
-    if chosen is None:
-        return Refusal("no tile fits the shared memory")
-    watch(code, call.score, call.mask)
-    return _Forward(call, *chosen, copied=call is not given)
+        if _fits(config, found.binary.shared, shared_limit(device.index)):
+            watch(code, call.score, call.mask)
+            yield _Forward(call, plan, found, copied=call is not given)
 
 
 def _fits(config: ForwardConfig, shared: int, limit: int) -> bool:
@@ -251,6 +261,16 @@ class _Forward:
         values += [_VARIES, call.scale]
         values += [0] * (self.function.parameters - len(values))  # what Triton adds
         return values, [i for i, x in enumerate(values) if x is _VARIES]
+
+    @property
+    def tile(self) -> dict[str, int]:
+        config = self.plan.config
+        return {"tile_q": config.tile_q, "tile_kv": config.tile_kv, "stages": config.stages,
+                "consumers": config.consumers, "ctas": config.ctas}
+
+    @property
+    def functions(self) -> list[Function]:
+        return [self.function]
 
     def run(self, call: Call) -> Result:
         if self._copied:

@@ -8,7 +8,7 @@ in any order, so deterministic calls are refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -48,19 +48,11 @@ _TOO_MANY_SPILLED = 512  # Triton's kernels are faster
 def prepare(call: Call, result: Result, d_out: Tensor,
             d_lse: Tensor | None) -> PreparedBackward | Refusal:
     """The backward with the first config that hardly spills, or the one that spills least."""
-    reason = refused(call) or _unreadable(call, d_out)
-    if reason is not None:
-        return Refusal(reason)
-    call = _with_mods(call)
-    code = mod_code(call, "cuda", with_gradient=True)
-    reason = _untaken(code)
+    reason = _reason(call, d_out)
     if reason is not None:
         return Refusal(reason)
     chosen = None
-    for config in backward_configs(call.query.shape[-1], call.value.shape[-1]):
-        plan = HopperBackwardPlan(config, code, call.query.dtype, call.block_mask is not None)
-        found = function(plan.key, call.query.device, plan.source)
-        assert found is not None
+    for plan, found in _compiled(call):
         if chosen is None or found.spilled_bytes < chosen[1].spilled_bytes:
             chosen = plan, found
         if found.spilled_bytes <= _MOST_SPILLED:
@@ -68,7 +60,30 @@ def prepare(call: Call, result: Result, d_out: Tensor,
     assert chosen is not None
     if chosen[1].spilled_bytes > _TOO_MANY_SPILLED:
         return Refusal(f"{chosen[1].spilled_bytes} bytes of a thread do not fit its registers")
-    return _Backward(call, result, d_out, d_lse, *chosen)
+    return _Backward(_with_mods(call), result, d_out, d_lse, *chosen)
+
+
+def candidates(call: Call, result: Result, d_out: Tensor,
+               d_lse: Tensor | None) -> Iterator[PreparedBackward]:
+    """The backward with each config."""
+    if _reason(call, d_out) is None:
+        for plan, found in _compiled(call):
+            yield _Backward(_with_mods(call), result, d_out, d_lse, plan, found)
+
+
+def _compiled(call: Call) -> Iterator[tuple[HopperBackwardPlan, Function]]:
+    code = mod_code(_with_mods(call), "cuda", with_gradient=True)
+    for config in backward_configs(call.query.shape[-1], call.value.shape[-1]):
+        plan = HopperBackwardPlan(config, code, call.query.dtype, call.block_mask is not None)
+        found = function(plan.key, call.query.device, plan.source)
+        assert found is not None
+        yield plan, found
+
+
+def _reason(call: Call, d_out: Tensor) -> str | None:
+    """Why Triton serves the call, as far as that is known without compiling."""
+    return (refused(call) or _unreadable(call, d_out)
+            or _untaken(mod_code(_with_mods(call), "cuda", with_gradient=True)))
 
 
 def refused(call: Call) -> str | None:
@@ -187,6 +202,15 @@ class _Backward:
     @property
     def launches(self) -> list[Launch]:
         return [self._prepare, self._main, self._round]
+
+    @property
+    def tile(self) -> dict[str, int]:
+        config = self.plan.config
+        return {"tile_q": config.tile_q, "tile_kv": config.tile_kv, "stages": config.stages}
+
+    @property
+    def functions(self) -> list[Function]:
+        return self._main.functions
 
     def run(self, call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
         with_mods, memory = _with_mods(call), self._memory(call)

@@ -6,7 +6,8 @@ nothing but a GPU whose shared memory holds none of the tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from flexattn.compile_triton import Source, load
 from flexattn.kernels.triton_config import ForwardFacts, TritonConfig, chunk_of, forward_configs
 from flexattn.runtime.call import Call, Result, like_query
-from flexattn.runtime.gpu_driver import shared_limit, target
+from flexattn.runtime.gpu_driver import Function, shared_limit, target
 from flexattn.runtime.gpu_launch import (
     TYPES,
     Launch,
@@ -45,18 +46,20 @@ _SECOND_LEVEL_SHARE = 2 / 3  # of the cache that keys and values of a section ma
 
 def prepare(call: Call) -> Prepared | Refusal:
     """The call with the first config whose kernel fits."""
+    return next(candidates(call), None) or Refusal("no tile fits the shared memory")
+
+
+def candidates(call: Call) -> Iterator[Prepared]:
+    """The call with each config whose kernel fits."""
     call = with_rows(call)
     where = target(call.query.device.index) if call.query.is_cuda else None
     code = mod_code(call, where.backend if where else "interpreter")  # type: ignore[arg-type]
-    too_large = []
     for config in _configs(call, where):
         prepared = _Forward(call, code, config)
-        binary = prepared.launch.binary
-        if binary is None or binary.shared <= shared_limit(call.query.device.index):
+        if all(f.binary.shared <= shared_limit(call.query.device.index)
+               for f in prepared.functions):
             watch(code, call.score, call.mask)
-            return prepared
-        too_large.append(f"{config.tile_q}x{config.tile_kv}: {binary.shared} bytes")
-    return Refusal("no tile fits the shared memory: " + ", ".join(too_large))
+            yield prepared
 
 
 def with_rows(call: Call) -> Call:
@@ -170,6 +173,14 @@ class _Forward:
         return [*values, *q.shape[:3], k.shape[2], *k.shape[:2], section(call),
                 *((found.batch, found.heads) if found else (1, 1)), call.scale,
                 *argument_values(self.code, call.score, call.mask)]
+
+    @property
+    def tile(self) -> dict[str, int]:
+        return asdict(self.config)
+
+    @property
+    def functions(self) -> list[Function]:
+        return self.launch.functions
 
     def _tables(self, call: Call) -> Tables | None:
         if call.block_mask is None:

@@ -10,8 +10,9 @@ unordered reads are made of integers, in units so small that nothing is lost.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from flexattn.kernels.triton_config import (
     power_of_two,
 )
 from flexattn.runtime.call import Call, Gradients, Result
-from flexattn.runtime.gpu_driver import shared_limit, target
+from flexattn.runtime.gpu_driver import Function, shared_limit, target
 from flexattn.runtime.gpu_launch import (
     TYPES,
     Launch,
@@ -58,34 +59,59 @@ def prepare(call: Call, result: Result, d_out: Tensor,
             d_lse: Tensor | None) -> PreparedBackward | Refusal:
     """The backward with, for each kernel, the first config that fits and hardly spills."""
     call = with_rows(call)
-    where = target(call.query.device.index) if call.query.is_cuda else None
-    code = mod_code(call, where.backend if where else "interpreter",  # type: ignore[arg-type]
-                    with_gradient=True)
-    shape = Shape(call, code, d_out)
-    if where is None:
-        return _Backward(call, result, d_out, d_lse, shape, _INTERPRETED, _INTERPRETED)
-    q, v = call.query, call.value
-    choices = backward_configs(q.shape[-1], v.shape[-1], q.element_size(),
-                               precision(q.dtype) == "ieee", shape.boxed)
+    shape = _shape(call, d_out)
     picked = [_picked(name, configs, call, shape)
-              for name, configs in zip(_KERNELS, choices, strict=True)]
+              for name, configs in zip(_KERNELS, _configs(call, shape), strict=True)]
     for name, config in zip(_KERNELS, picked, strict=True):
         if config is None:
             return Refusal(f"no tile of {name} fits the shared memory")
     return _Backward(call, result, d_out, d_lse, shape, *picked)  # type: ignore[arg-type]
 
 
-def _picked(name: str, configs: Sequence[TritonConfig], call: Call,
-            shape: Shape) -> TritonConfig | None:
-    device, fitting = call.query.device, []
+def candidates(call: Call, result: Result, d_out: Tensor,
+               d_lse: Tensor | None) -> Iterator[PreparedBackward]:
+    """The backward with each pair of configs that fit."""
+    call = with_rows(call)
+    shape = _shape(call, d_out)
+    fitting = [[config for config, _ in _fitting(name, configs, call, shape)]
+               for name, configs in zip(_KERNELS, _configs(call, shape), strict=True)]
+    for pair in itertools.product(*fitting):
+        yield _Backward(call, result, d_out, d_lse, shape, *pair)
+
+
+def _shape(call: Call, d_out: Tensor) -> Shape:
+    where = target(call.query.device.index).backend if call.query.is_cuda else "interpreter"
+    return Shape(call, mod_code(call, where, with_gradient=True), d_out)  # type: ignore[arg-type]
+
+
+def _configs(call: Call, shape: Shape) -> tuple[Sequence[TritonConfig], Sequence[TritonConfig]]:
+    q, v = call.query, call.value
+    if not q.is_cuda:
+        return (_INTERPRETED,), (_INTERPRETED,)
+    return backward_configs(q.shape[-1], v.shape[-1], q.element_size(),
+                            precision(q.dtype) == "ieee", shape.boxed)
+
+
+def _fitting(name: str, configs: Sequence[TritonConfig], call: Call,
+             shape: Shape) -> Iterator[tuple[TritonConfig, int]]:
+    """Configs, and how many bytes of a thread each spills."""
+    device = call.query.device
     for config in configs:
         plan = shape.plan(name, config, call)
         found = function(plan.key, device, plan.source)
-        assert found is not None
-        if found.binary.shared <= shared_limit(device.index):
-            if found.spilled_bytes <= _MOST_SPILLED or not shape.boxed:
-                return config
-            fitting.append((found.spilled_bytes, config))
+        if found is None:
+            yield config, 0
+        elif found.binary.shared <= shared_limit(device.index):
+            yield config, found.spilled_bytes
+
+
+def _picked(name: str, configs: Sequence[TritonConfig], call: Call,
+            shape: Shape) -> TritonConfig | None:
+    fitting = []
+    for config, spilled in _fitting(name, configs, call, shape):
+        if spilled <= _MOST_SPILLED or not shape.boxed:
+            return config
+        fitting.append((spilled, config))
     return min(fitting, key=lambda item: item[0])[1] if fitting else None
 
 
@@ -133,6 +159,16 @@ class _Backward:
                                      self._query_tensors(call, d_out, memory))
         self._scatters = {i: self._scatter_launch(call, memory, i)
                           for i in range(len(self.reads.loads)) if i not in self.reads.scattered}
+
+    @property
+    def tile(self) -> dict[str, int]:
+        return {f"{of}_{part}": size for of, config in (("dkv", self.kv_config),
+                                                        ("dq", self.q_config))
+                for part, size in asdict(config).items()}
+
+    @property
+    def functions(self) -> list[Function]:
+        return self._keys.functions + self._queries.functions
 
     @property
     def exact_sums(self) -> bool:

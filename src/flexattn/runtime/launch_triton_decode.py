@@ -6,7 +6,8 @@ calls of many queries, and of several that fill the GPU without dealing out keys
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -58,17 +59,21 @@ def prepare(call: Call) -> Prepared | Refusal:
     """The call with the first config whose kernel fits."""
     if not decodes(call):
         return Refusal(f"{call.query.shape[2]} queries are no decoding")
+    return next(candidates(call), None) or Refusal("no tile fits the shared memory")
+
+
+def candidates(call: Call) -> Iterator[Prepared]:
+    """The call with each config whose kernel fits."""
+    if not decodes(call):
+        return
     call = with_rows(call)
     where = target(call.query.device.index) if call.query.is_cuda else None
     code = mod_code(call, where.backend if where else "interpreter")  # type: ignore[arg-type]
-    too_large = []
     for config in _configs(call, where):
         prepared = _Decode(call, code, config)
         if prepared.fits(call.key.shape[2]):
             watch(code, call.score, call.mask)
-            return prepared
-        too_large.append(f"{config.tile_q}x{config.tile_kv}")
-    return Refusal("no tile fits the shared memory: " + ", ".join(too_large))
+            yield prepared
 
 
 def _would_idle(call: Call) -> bool:
@@ -219,6 +224,14 @@ class _Decode:
     @cached_property
     def _combine(self) -> Kernel:
         return Kernel(self._end.key, self._device, self._end.source)
+
+    @property
+    def tile(self) -> dict[str, int]:
+        return asdict(self.config)
+
+    @property
+    def functions(self) -> list[Function]:
+        return [self._dealt.function] if self._dealt.function else []
 
     def fits(self, kv_len: int) -> bool:
         """Whether shared memory holds what the kernel of so many keys needs."""

@@ -1,0 +1,63 @@
+"""Calls that ask for the fastest tile get it, forward and backward, and the same results."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flexattn.kernels.triton_config import TritonConfig
+from flexattn.runtime import autotune, launch_gpu, launch_triton, launch_triton_backward
+from tests.interpreter.attend import call_of, gradients, tensors
+
+TUNED = {"autotune": True}
+CONFIGS = (TritonConfig(16, 16, 4, 1), TritonConfig(16, 32, 4, 1))
+
+
+@pytest.fixture
+def timer(tmp_path, monkeypatch):
+    """Two tiles for each kernel; the timer finds each run faster than the one before."""
+    monkeypatch.setattr(launch_triton, "_configs", lambda *_: CONFIGS)
+    monkeypatch.setattr(launch_triton_backward, "_configs", lambda *_: (CONFIGS, CONFIGS))
+    monkeypatch.setattr(autotune.compile, "cache_directory", lambda: None)
+    launch_gpu._choices.clear()
+    launch_gpu._backwards.clear()
+    seconds = []
+
+    def measured(run):
+        run()
+        seconds.append(1.0 / (1 + len(seconds)))
+        return seconds[-1]
+
+    monkeypatch.setattr(autotune, "gpu_seconds", measured)
+    yield seconds
+    launch_gpu._choices.clear()
+    launch_gpu._backwards.clear()
+
+
+def test_forward_and_backward(timer):
+    q, k, v = tensors(1, 2, 1, 40, 50, (16, 16))
+    slopes = torch.rand(2, requires_grad=True)
+
+    def alibi(score, b, h, q_idx, kv_idx):
+        return score + slopes[h] * (kv_idx - q_idx)
+
+    d_out, d_lse = torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40)
+    plain = gradients(q, k, v, alibi, None, [slopes], d_out, d_lse)
+    assert not timer
+    tuned = gradients(q, k, v, alibi, None, [slopes], d_out, d_lse, TUNED)
+    for found, wanted in zip(tuned, plain, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert len(timer) == 2 + 4, "two tiles forward, two for each of two kernels backward"
+    forward, backward = (list(d.values())[-1].prepared for d in (launch_gpu._choices,
+                                                                 launch_gpu._backwards))
+    assert forward.config == backward.kv_config == backward.q_config == CONFIGS[-1]
+    assert forward.tile["tile_kv"] == backward.tile["dq_tile_kv"] == 32
+    gradients(q, k, v, alibi, None, [slopes], d_out, d_lse, TUNED)
+    assert len(timer) == 6, "found again"
+
+
+def test_a_tuned_decoding(timer):
+    q, k, v = tensors(1, 1, 2, 1, 60, (16, 16))
+    found = launch_gpu.forward(call_of(q, k, v, options=TUNED))
+    torch.testing.assert_close(found.out, launch_gpu.forward(call_of(q, k, v)).out)
+    assert len(timer) == 1 + 2, "decoding has one tile here, and the kernel for long rows two"
