@@ -173,3 +173,19 @@ def test_which_kernel_serves_a_call_is_said():
     q = torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.float32)
     call = _call(q, q, q, None, None, 0.125, AuxRequest(), {})
     assert launch_gpu.choice(call).kernel == "triton"
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float32, 2e-3)])
+def test_more_lines_than_a_grid_is_high(dtype, bound, rng):
+    """70,000 sequences, forward and backward, by Hopper's kernels and by Triton's."""
+    inputs = [torch.randn(70_000, 1, 20, 64, device="cuda", dtype=dtype, requires_grad=True)
+              for _ in range(3)]
+    out = flexattn.flex_attention(*inputs)
+    d_out = torch.randn_like(out)
+    found = torch.autograd.grad(out, inputs, d_out)
+    some = torch.tensor([0, 1, 65_534, 65_535, 65_536, 69_999], device="cuda")
+    q, k, v = (t[some].detach().requires_grad_() for t in inputs)
+    exact = attention(q, k, v, dtype=torch.float64)[0]
+    wanted = torch.autograd.grad((exact * d_out[some]).sum(), (q, k, v))
+    for ours, theirs in zip((out, *found), (exact, *wanted), strict=True):
+        assert error(ours[some], theirs.double()) < bound

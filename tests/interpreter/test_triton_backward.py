@@ -74,7 +74,8 @@ def test_dq_is_rounded_from_lines_with_room(rng):
     q_len, scale = int(rng.integers(33, 64)), float(rng.random())
     total = torch.randn(6, 128, 64)
     dq = torch.full((2, q_len + 1, 3, 64), 7.0).transpose(1, 2)  # one row more, not to be touched
-    round_query_gradient[(4, 6, 1)](total, (dq, *dq.stride()[:3]), (3, q_len, 128), scale, 64, 32)
+    round_query_gradient[(4 * 6, 1, 1)](total, (dq, *dq.stride()[:3]), (3, q_len, 128), scale, 64,
+                                        32)
     wanted = (total[:, :q_len].double() * scale).view(2, 3, q_len, 64)
     torch.testing.assert_close(dq[:, :, :q_len].double(), wanted, rtol=1e-6, atol=0)
     assert (dq[:, :, q_len:] == 7).all()

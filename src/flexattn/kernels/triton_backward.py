@@ -85,15 +85,22 @@ def _where_all(kept, values):
 
 
 @triton.jit
+def _tile_and_line(tiles):
+    """Of this program; the tiles of a line (a batch and head) follow each other. The grid's other
+    dimensions would hold 65535 lines at most."""
+    return tl.program_id(0) % tiles, tl.program_id(0) // tiles
+
+
+@triton.jit
 def prepare(out, d_out, lse, d_lse, statistics, total, sizes, VALUE_DIM: tl.constexpr,
             PADDED_DIM: tl.constexpr, ROWS: tl.constexpr):
     """lse2 = lse * log2(e), +inf for rows without any key and beyond the last one (so that their p
     is 0), and delta = sum(d_out * out) - d_lse. total: None, or the float32 of as many rows and of
     VALUE_DIM columns in which dq will be summed up, made 0."""
     heads, q_len, lines = sizes
-    line = tl.program_id(1)
+    tile, line = _tile_and_line(tl.cast(statistics[1], tl.int32) // ROWS)
     b, h = line // heads, line % heads
-    first = tl.program_id(0) * ROWS
+    first = tile * ROWS
     row = first + tl.arange(0, ROWS)
     at = tl.cast(line, tl.int64) * q_len + row
     o = load_rows(out, b, h, first, q_len, VALUE_DIM, PADDED_DIM, ROWS, True)[0]
@@ -116,8 +123,8 @@ def prepare(out, d_out, lse, d_lse, statistics, total, sizes, VALUE_DIM: tl.cons
 def round_query_gradient(total, dq_out, sizes, scale, DIM: tl.constexpr, ROWS: tl.constexpr):
     """dq = scale * total, which is float32 [line, length, DIM] with length >= q_len."""
     heads, q_len, length = sizes
-    line = tl.program_id(1)
-    first = tl.program_id(0) * ROWS
+    tile, line = _tile_and_line(length // ROWS)
+    first = tile * ROWS
     row = tl.cast(line, tl.int64) * length + first + tl.arange(0, ROWS)
     found = tl.load(total + row[:, None] * DIM + tl.arange(0, DIM)[None, :])
     store_rows(dq_out, (found * scale,), line // heads, line % heads, first, q_len, DIM, DIM, ROWS)
@@ -163,12 +170,14 @@ def key_value_gradient(q, k, v, d_out, statistics, dk_out, dv_out, sums_out, pea
                        partial, sizes, blocks, scale, args, MODS: tl.constexpr, F: tl.constexpr):
     """dk and dv of one tile of keys, summed over the query heads (and sequences) that share them.
 
-    The third grid dimension splits those sharers, each part with an output of its own. peaks_out:
+    The second grid dimension splits those sharers, each part with an output of its own. peaks_out:
     the bits of the largest size of each unordered read's gradient.
     """
     batch, heads, q_len, kv_len, kv_batch, kv_heads = sizes
-    tile, part, parts = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
-    kv_b, kv_h = tl.program_id(1) // kv_heads, tl.program_id(1) % kv_heads
+    tiles = tl.cdiv(kv_len, F.tile_kv)
+    tile, kv_line = _tile_and_line(tiles)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    kv_b, kv_h = kv_line // kv_heads, kv_line % kv_heads
     first = tile * F.tile_kv
     kv_idx = indices(first, kv_len, F.tile_kv, True)[:, None]
     k_rows = load_rows(k, kv_b, kv_h, first, kv_len, F.head_dim, F.head_chunk, F.tile_kv, True,
@@ -190,7 +199,7 @@ def key_value_gradient(q, k, v, d_out, statistics, dk_out, dv_out, sums_out, pea
         col_sums = _zero_vectors(F.tile_kv, len(F.col_sums), tl.float32)
         sums = (dk, dv, col_sums, peaks)
         if F.sparse:
-            row = ((b % blocks[0]) * blocks[1] + h % blocks[1]) * tl.num_programs(0) + tile
+            row = ((b % blocks[0]) * blocks[1] + h % blocks[1]) * tiles + tile
             count, run, runs, block, stop = first_block(full, row, q_tiles - 1)
             ragged = ends_ragged(full, row, q_tiles, q_len, F.tile_q)
             partly = first_block(partial, row, q_tiles - 1)  # read while it can wait
@@ -214,7 +223,7 @@ def key_value_gradient(q, k, v, d_out, statistics, dk_out, dv_out, sums_out, pea
                 sums = _key_value_step(sums, k_rows, v_rows, q, d_out, statistics, at, head,
                                        columns, first_q, shape, scale, args, MODS, F, True)
         dk, dv, col_sums, peaks = sums
-        line = tl.cast(b * heads + h, tl.int64) * (tl.num_programs(0) * F.tile_kv)
+        line = tl.cast(b * heads + h, tl.int64) * (tiles * F.tile_kv)
         for i in tl.static_range(len(F.col_sums)):
             tl.store(sums_out[i] + line + first + tl.arange(0, F.tile_kv), col_sums[i])
     to = part * kv_batch + kv_b
@@ -295,8 +304,9 @@ def query_gradient(q, k, v, d_out, statistics, dq_out, sums_out, scatter, full, 
     buffer the length of a line and the place of q_idx = kv_idx in it.
     """
     batch, heads, q_len, kv_len, kv_batch, kv_heads = sizes
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    line = tl.program_id(1)
+    tiles = tl.cdiv(q_len, F.tile_q)
+    number, line = _tile_and_line(tiles)
+    tile = tiles - 1 - number
     b, h = line // heads, line % heads
     kv_b, kv_h = b % kv_batch, h // (heads // kv_heads)
     first = tile * F.tile_q
@@ -313,7 +323,7 @@ def query_gradient(q, k, v, d_out, statistics, dq_out, sums_out, scatter, full, 
     at = (b, kv_b, h, kv_h, line, first, q_idx)
     lengths = (q_len, kv_len)
     if F.sparse:
-        row = ((b % blocks[0]) * blocks[1] + h % blocks[1]) * tl.num_programs(0) + tile
+        row = ((b % blocks[0]) * blocks[1] + h % blocks[1]) * tiles + tile
         kv_tiles = tl.cdiv(kv_len, F.tile_kv)
         count, run, runs, block, stop = first_block(full, row, kv_tiles - 1)
         ragged = ends_ragged(full, row, kv_tiles, kv_len, F.tile_kv)
@@ -337,7 +347,7 @@ def query_gradient(q, k, v, d_out, statistics, dq_out, sums_out, scatter, full, 
                                lengths, scale, args, scatter, MODS, F, True)
     dq, row_sums = sums
     store_rows(dq_out, times(dq, scale), b, h, first, q_len, F.head_dim, F.head_chunk, F.tile_q)
-    to = tl.cast(line, tl.int64) * (tl.num_programs(0) * F.tile_q) + first + tl.arange(0, F.tile_q)
+    to = tl.cast(line, tl.int64) * (tiles * F.tile_q) + first + tl.arange(0, F.tile_q)
     for i in tl.static_range(len(F.row_sums)):
         tl.store(sums_out[i] + to, row_sums[i])
 
@@ -347,9 +357,9 @@ def scatter_sums(sums, gradient, units, sizes, args, MODS: tl.constexpr, LOAD: t
                  KIND: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr):
     """Adds sums over rows, columns or diagonals (a line for each b, h) where their read was."""
     heads, q_len, kv_len, length, origin = sizes
-    line = tl.program_id(1)
+    tile, line = _tile_and_line(tl.cdiv(length, BLOCK))
     b, h = line // heads, line % heads
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tile * BLOCK + tl.arange(0, BLOCK)
     if KIND == "row":
         distance, inside = place, place < q_len
     elif KIND == "column":

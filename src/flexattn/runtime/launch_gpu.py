@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexattn.errors import DeviceError, DtypeError, ShapeError, message
+from flexattn.errors import DeviceError, DtypeError, message
 from flexattn.runtime import (
     autotune,
     gpu_mods,
@@ -49,7 +49,6 @@ _TUNED: dict[Any, Callable[..., Iterator[Any]]] = {
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHECK = os.environ.get("FLEXATTN_CHECK") == "1"
 _MOST_PREPARED = 4096
-_MOST_LINES = 65535  # a grid's second dimension
 
 
 @dataclass(frozen=True)
@@ -87,21 +86,11 @@ def backward(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) ->
     """Gradients of the call's tensors."""
     if not (call.query.numel() and call.value.numel()):
         return _no_gradients(call)
-    _check_lines(call)
     d_out = d_out if d_out.stride(3) == 1 else d_out.contiguous()
     d_lse = None if d_lse is None else d_lse.contiguous()
     with on(call.query.device):
         chosen = backward_choice(call, result, d_out, d_lse)
         return chosen.prepared.run(call, result, d_out, d_lse)
-
-
-def _check_lines(call: Call) -> None:
-    batch, heads = call.query.shape[:2]
-    if batch * heads > _MOST_LINES:
-        raise ShapeError(message(
-            "A backward on a GPU has too many sequences and heads.",
-            expected=f"batch x heads <= {_MOST_LINES}", got=f"{batch} x {heads}",
-            remedy="call flex_attention for parts of the batch"))
 
 
 def backward_choice(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> Choice:

@@ -190,12 +190,13 @@ class _Backward:
         self.length = -(-q.shape[2] // _LARGEST_TILE) * _LARGEST_TILE
         memory, device = self._memory(call), q.device
         tiles = -(-k.shape[2] // plan.config.tile_kv)
+        around = ((*_prepare_source(call, result, d_out, d_lse), PREPARE_ROWS,
+                   prepare_values(call, result, d_out, d_lse, *memory[:2])),
+                  (*_round_source(call), _ROUND_ROWS, self._round_values(call, memory)))
         self._prepare, self._round = (
-            Launch(function(repr(key), device, build), build, (self.length // rows, self.lines, 1),
-                   values) for key, build, rows, values in (
-                       (*_prepare_source(call, result, d_out, d_lse), PREPARE_ROWS,
-                        prepare_values(call, result, d_out, d_lse, *memory[:2])),
-                       (*_round_source(call), _ROUND_ROWS, self._round_values(call, memory))))
+            Launch(function(repr(key), device, build), build,
+                   (self.length // rows * self.lines, 1, 1), values)
+            for key, build, rows, values in around)
         self._main = Launch(main, plan.source, (tiles * k.shape[0] * k.shape[1], 1, 1),
                             self._main_values(call, d_out, memory))
 

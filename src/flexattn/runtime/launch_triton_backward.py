@@ -149,12 +149,12 @@ class _Backward:
         memory = self._buffers(call)
         self._prepare = self._prepare_launch(call, result, d_out, d_lse, memory)
         self._keys = self._kernel(_KERNELS[0], kv_config, call,
-                                  (-(-k.shape[2] // kv_config.tile_kv), k.shape[0] * k.shape[1],
-                                   self.parts),
+                                  (-(-k.shape[2] // kv_config.tile_kv) * k.shape[0] * k.shape[1],
+                                   self.parts, 1),
                                   self._key_values(call, d_out, memory),
                                   self._key_tensors(call, d_out, memory))
         self._queries = self._kernel(_KERNELS[1], q_config, call,
-                                     (-(-q_len // q_config.tile_q), self.lines, 1),
+                                     (-(-q_len // q_config.tile_q) * self.lines, 1, 1),
                                      self._query_values(call, d_out, memory),
                                      self._query_tensors(call, d_out, memory))
         self._scatters = {i: self._scatter_launch(call, memory, i)
@@ -300,7 +300,7 @@ class _Backward:
 
         key = repr(("triton prepare", dtype, value_dim, with_lse, aligned))
         return Launch(function(key, call.query.device, build), build,
-                      (self.q_length // PREPARE_ROWS, self.lines, 1),
+                      (self.q_length // PREPARE_ROWS * self.lines, 1, 1),
                       prepare_values(call, result, d_out, d_lse, memory.statistics))
 
     def _scatter_launch(self, call: Call, memory: _Buffers, read: int) -> Launch:
@@ -313,7 +313,7 @@ class _Backward:
         key = repr(("triton scatter", self.code.text, self.code.types, read, kind, self.exact))
         length = memory.sums[read].shape[1]
         return Launch(function(key, call.query.device, build), build,
-                      (-(-length // _SCATTER_BLOCK), self.lines, 1),
+                      (-(-length // _SCATTER_BLOCK) * self.lines, 1, 1),
                       self._scatter_values(call, memory, read, memory.units))
 
     def _scatter_values(self, call: Call, memory: _Buffers, read: int,
