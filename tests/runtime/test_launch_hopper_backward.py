@@ -77,6 +77,19 @@ def test_captured_tensors_with_gradients_are_refused(hopper):
     assert launcher._untaken(mod_code(Call(q, q, q, 1.0), "cuda", with_gradient=True)) is None
 
 
+@pytest.mark.parametrize("mod, wanted", [
+    (lambda score, b, h, q_idx, kv_idx: 20 * torch.tanh(score / 20), True),
+    (lambda score, b, h, q_idx, kv_idx: score + torch.cos((q_idx - kv_idx) * 0.1), False),
+    (lambda score, b, h, q_idx, kv_idx: score * 0.5, False)])
+def test_functions_of_the_score_get_the_smaller_tile(mod, wanted):
+    q = torch.randn(1, 2, 64, 64).bfloat16()
+    call = Call(q, q, q, 1.0, specialize(trace_score_mod(mod)))
+    found = launcher.crowded(mod_code(call, "cuda", with_gradient=True))
+    assert found == wanted and not launcher.crowded(mod_code(call._replace(score=None), "cuda"))
+    first = backward_configs(64, 64, found)[0]
+    assert first.tile_q == (64 if wanted else 128)
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("head_dim, number", [(64, 0), (64, 1), (128, 0)])
 def test_values_are_those_of_the_parameters(head_dim, number, sparse):

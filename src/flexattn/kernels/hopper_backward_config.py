@@ -48,6 +48,10 @@ _CONFIGS: dict[int, tuple[HopperBackwardConfig, ...]] = {
 }
 
 
-def backward_configs(head_dim: int, value_dim: int) -> tuple[HopperBackwardConfig, ...]:
-    """Configs for heads of these sizes."""
-    return _CONFIGS.get(head_dim, ()) if value_dim == head_dim else ()
+def backward_configs(head_dim: int, value_dim: int,
+                     crowded: bool = False) -> tuple[HopperBackwardConfig, ...]:
+    """Configs for heads of these sizes. crowded: the mod is known to need many registers."""
+    if value_dim != head_dim:
+        return ()
+    found = _CONFIGS.get(head_dim, ())
+    return found[::-1] if crowded else found

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from flexattn.compile_triton import Source, load
-from flexattn.ir.ops import Op
+from flexattn.ir.graph import Node
+from flexattn.ir.ops import FLOAT_UNARY, Op
 from flexattn.kernels.hopper_backward_config import HopperBackwardConfig, backward_configs
 from flexattn.lower.separate import ROWS, levels
 from flexattn.runtime.call import Call, Gradients, Result
@@ -73,11 +74,24 @@ def candidates(call: Call, result: Result, d_out: Tensor,
 
 def _compiled(call: Call) -> Iterator[tuple[HopperBackwardPlan, Function]]:
     code = mod_code(_with_mods(call), "cuda", with_gradient=True)
-    for config in backward_configs(call.query.shape[-1], call.value.shape[-1]):
+    for config in backward_configs(call.query.shape[-1], call.value.shape[-1], crowded(code)):
         plan = HopperBackwardPlan(config, code, call.query.dtype, call.block_mask is not None)
         found = function(plan.key, call.query.device, plan.source)
         assert found is not None
         yield plan, found
+
+
+def crowded(code: ModCode) -> bool:
+    """Whether scores and functions of them are kept for their gradients, as a softcap's tanh is:
+    the larger tile would spill, which need not be compiled to know it."""
+    score, _ = code.graphs
+    made_of_score: set[Node] = set()
+    for n in score.nodes if score else ():
+        if n.attr == "score" or not made_of_score.isdisjoint(n.args):
+            if n.op in FLOAT_UNARY:
+                return True
+            made_of_score.add(n)
+    return False
 
 
 def _reason(call: Call, d_out: Tensor) -> str | None:
