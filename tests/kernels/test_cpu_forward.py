@@ -242,6 +242,23 @@ def test_stretches_of_keys(rng, dtype, block):
                   block=block)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_that_attend_the_same(rng, dtype):
+    """Documents of a few rows, keys valid for all rows, rows that all differ."""
+    for _ in range(3):
+        sizes = some_sizes(rng, (32, 32))
+        q_len, kv_len = sizes[3:5]
+        doc = torch.arange(max(q_len, kv_len)) // int(rng.integers(1, 9)) % 3
+        valid, table = torch.rand(kv_len) < 0.7, torch.rand(q_len, kv_len) < 0.5
+        limit = (torch.arange(q_len) // 5).double()
+        limit[::7] = math.nan
+        for mask in (lambda b, h, q_idx, kv_idx, doc=doc: doc[q_idx] == doc[kv_idx],
+                     lambda b, h, q_idx, kv_idx, valid=valid: valid[kv_idx],
+                     lambda b, h, q_idx, kv_idx, table=table: table[q_idx, kv_idx],
+                     lambda b, h, q_idx, kv_idx, limit=limit: kv_idx % 9 < limit[q_idx]):
+            check(*tensors(sizes, dtype), None, mask, slack=2)
+
+
 def test_given_blocks_say_more_than_a_stretch(rng):
     """Full blocks that the mask would not attend, empty ones that it would."""
     q, k, v = tensors((1, 2, 1, 128, 200, 32, 32))
