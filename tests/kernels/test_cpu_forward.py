@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from flexattn import compile
+from flexattn import BlockMask, compile
 from flexattn.errors import IndexOutOfRangeError
 from flexattn.kernels.cpu_forward import Forward
 from flexattn.kernels.cpu_frame import Frame
@@ -240,6 +240,56 @@ def test_stretches_of_keys(rng, dtype, block):
         for score_mod in (None, alibi):
             check(*tensors(some_sizes(rng, (32, 32)), dtype), score_mod, window, slack=4,
                   block=block)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_that_attend_the_same(rng, dtype):
+    """Documents of a few rows, keys valid for all rows, rows that all differ."""
+    for _ in range(3):
+        sizes = some_sizes(rng, (32, 32))
+        q_len, kv_len = sizes[3:5]
+        doc = torch.arange(max(q_len, kv_len)) // int(rng.integers(1, 9)) % 3
+        valid, table = torch.rand(kv_len) < 0.7, torch.rand(q_len, kv_len) < 0.5
+        limit = (torch.arange(q_len) // 5).double()
+        limit[::7] = math.nan
+        for mask in (lambda b, h, q_idx, kv_idx, doc=doc: doc[q_idx] == doc[kv_idx],
+                     lambda b, h, q_idx, kv_idx, valid=valid: valid[kv_idx],
+                     lambda b, h, q_idx, kv_idx, table=table: table[q_idx, kv_idx],
+                     lambda b, h, q_idx, kv_idx, limit=limit: kv_idx % 9 < limit[q_idx]):
+            check(*tensors(sizes, dtype), None, mask, slack=2)
+
+
+def test_given_blocks_say_more_than_a_stretch(rng):
+    """Full blocks that the mask would not attend, empty ones that it would."""
+    q, k, v = tensors((1, 2, 1, 128, 200, 32, 32))
+    partial = torch.tensor([[0, 3], [5, 6]], dtype=torch.int32)[None, None]
+    full = torch.tensor([[1, 4], [2, 0]], dtype=torch.int32)[None, None]
+    count = torch.full((1, 1, 2), 2, dtype=torch.int32)
+    given = BlockMask.from_kv_blocks(count, partial, count, full, BLOCK_SIZE=(64, 30),
+                                     mask_mod=causal, seq_lengths=(128, 200))
+    assert not given.is_proved
+    block = torch.arange(200) // 30
+    attended = torch.arange(128)[:, None] >= torch.arange(200)
+    for row in range(2):
+        part = attended[64 * row:64 * (row + 1)]
+        part &= (block[:, None] == partial[0, 0, row]).any(-1)
+        part |= (block[:, None] == full[0, 0, row]).any(-1)
+    result = attend(q, k, v, None, causal, block_mask=given)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), attn_mask=attended)
+    close(result.out, expected, 3e-6, "given blocks")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 9])
+def test_many_heads_take_turns_in_the_ring(rng, set_threads, threads):
+    """More heads than are packed at once, more threads than tiles: each as if it were alone."""
+    set_threads(threads)
+    q, k, v = tensors((3, 16, 2, 70, 90, 64, 64))
+    together = attend(q, k, v, None, causal).out
+    for b, h in ((0, 0), (1, 7), (2, 31)):
+        alone = attend(q[b:b + 1, h:h + 1], k[b:b + 1, h // 2:h // 2 + 1],
+                       v[b:b + 1, h // 2:h // 2 + 1], None, causal).out
+        assert (together[b, h] - alone[0, 0]).abs().max() < 1e-6
 
 
 def test_no_masked_stores():

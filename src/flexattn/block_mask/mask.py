@@ -155,6 +155,11 @@ class BlockMask(Listings, Pictures):
         self._regrids.clear()
 
     @property
+    def is_proved(self) -> bool:
+        """Whether the blocks are those of mask_mod, because they were made from it."""
+        return self._proved and self._mask_mod is not None
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         return (self._batch, self._heads, *self.seq_lengths)
 

@@ -4,7 +4,8 @@ In: the address of `ARGUMENTS`. Out: out, and lse (natural log) and max_scores w
 `emit_forward` gives the IR of one function `forward(arguments)` that every thread of a team
 calls once. Threads claim units of work by an atomic counter: packing of a few panels of keys and
 values of a head, or one tile of queries; the units of a head's tiles come after its packing, and
-wait for it. Which thread takes which unit changes no result.
+wait for it. Packed heads lie in a ring of a few slots, which stay in the cache: packing waits for
+the tiles of the head that had its slot before. Which thread takes which unit changes no result.
 
     for each tile of queries, for each run of its row of the block mask, for each tile of keys:
         s = q k^T                          scores, and score mod, and mask in partial blocks
@@ -27,6 +28,7 @@ from flexattn.kernels.cpu_product import Left, Right, accumulators, multiply
 from flexattn.kernels.cpu_rows import emit_start, emit_store, score_factor
 from flexattn.kernels.cpu_sites import KernelMod
 from flexattn.kernels.cpu_softmax import emit_attend, emit_attend_all, emit_softmax
+from flexattn.kernels.cpu_stretch import cut_edges, emit_clip, emit_stretches, within_hull
 
 ARGUMENTS = (
     # addresses
@@ -39,17 +41,17 @@ ARGUMENTS = (
     "value_b", "value_h", "value_s", "value_d", "out_b", "out_h", "out_s",
     # sizes
     "batches", "kv_batches", "kv_heads", "group", "q_len", "kv_len", "tile_rows", "tiles",
-    "pack_units", "scratch_bytes",
+    "pack_units", "ring", "scratch_bytes",
     # block mask: its row of runs is b * runs_b + h * runs_h + (q_idx / row_block) * runs_q, and
-    # has tiles_per_row tiles of tile_rows queries
-    "runs_b", "runs_h", "runs_q", "row_block", "col_block", "tiles_per_row",
+    # has tiles_per_row tiles of tile_rows queries; one_run: all its runs are what the mask says
+    "runs_b", "runs_h", "runs_q", "row_block", "col_block", "tiles_per_row", "one_run",
     # float64
     "scale",
 )  # fmt: skip
 PACK_PANELS = 16  # panels of keys and values packed in one unit of work
 FLAG_WORDS = 8  # i64 words between counters, one cache line
 GRAIN = 8  # keys: what the product of probabilities and values takes at once
-COUNTER_WORDS = 2 * FLAG_WORDS  # next unit, next scratch; then one counter a kv head
+COUNTER_WORDS = 2 * FLAG_WORDS  # next unit, next scratch; then two counters a kv head
 
 
 class Forward:
@@ -60,17 +62,24 @@ class Forward:
         self.frame, self.score, self.mask = frame, score, mask
         self.module = Module(frame.tile.vector_bits, frame.storage)
         self.pack = emit_pack(self.module, frame.columns, frame.pairs)
+        self.stretches = score is None and (mask is None or mask.is_stretch)
 
     def emit(self) -> str:
         """The whole module; exports `forward(arguments)` and `scratch_bytes() -> i64`."""
         pack_unit = self._pack_unit()
-        attend, *arrays = emit_attend(self.module, self.frame, ARGUMENTS, self.mask, GRAIN)
-        softmax = []
-        for masked in (False, True):
-            function, count = emit_softmax(self.module, self.frame, ARGUMENTS, self.score, masked)
-            softmax.append(function)
-            arrays.append(count)
-        block = self._block(attend, softmax, self._scores(), self._values())
+        scores, values, arrays = self._scores(), self._values(), [0]
+        if self.stretches:
+            self._stretches = emit_stretches(self.module, self.frame, ARGUMENTS, self.mask)
+            block = self._block_of_stretches(scores, values)
+        else:
+            attend, *arrays = emit_attend(self.module, self.frame, ARGUMENTS, self.mask, GRAIN)
+            softmax = []
+            for masked in (False, True):
+                function, count = emit_softmax(self.module, self.frame, ARGUMENTS, self.score,
+                                               masked)
+                softmax.append(function)
+                arrays.append(count)
+            block = self._block(attend, softmax, scores, values)
         start = emit_start(self.module, self.frame, ARGUMENTS, self.score is not None)
         store = emit_store(self.module, self.frame, ARGUMENTS)
         self._forward(pack_unit, self._tile(start, block, store))
@@ -86,36 +95,35 @@ class Forward:
         e = self.module.function("pack_unit", ["ptr", "i64", "i64", "i64"])
         a, columns = Arguments(e, e.params[0], ARGUMENTS), i64(self.frame.columns)
         b, h, first = e.params[1:]
-        kv_len, keys = a.get("kv_len"), e.mul(first, columns)
-        panels = self._panels(e, kv_len)
-        last = e.min(e.add(first, i64(PACK_PANELS)), panels)
-        head = self._packed_head(e, a, b, h)
-        key = e.at(a.address("key"), a.offset("key", b=b, h=h), self.frame.word)
-        stride, stride_d = a.get("key_s"), a.get("key_d")
+        kv_len = a.get("kv_len")
+        last = e.min(e.add(first, i64(PACK_PANELS)), self._panels(e, kv_len))
+        slot = self._slot(e, a, e.add(e.mul(b, a.get("kv_heads")), h))
+        key, value = (e.at(a.address(name), a.offset(name, b=b, h=h), self.frame.word)
+                      for name in ("key", "value"))
+        key_stride, key_stride_d = a.get("key_s"), a.get("key_d")
+        stride, stride_d = a.get("value_s"), a.get("value_d")
         with e.loop(first, last) as panel:
             start = e.mul(panel.index, columns)
-            e.call(self.pack, e.at(key, e.mul(start, stride), self.frame.word), stride, stride_d,
-                   e.min(e.sub(kv_len, start), columns), i64(self.frame.head_dim),
+            keys = e.min(e.sub(kv_len, start), columns)
+            e.call(self.pack, e.at(key, e.mul(start, key_stride), self.frame.word), key_stride,
+                   key_stride_d, keys, i64(self.frame.head_dim),
                    i64(self.frame.depth(self.frame.head_dim)),
-                   self._packed_key(e, a, head, start))
-        value = e.at(a.address("value"), a.offset("value", b=b, h=h, s=keys), self.frame.word)
-        stride, stride_d = a.get("value_s"), a.get("value_d")
-        depth = e.mul(e.sub(last, first), columns)
-        with e.loop(0, self.frame.value_panels) as panel:
-            start = e.mul(panel.index, columns)
-            source = e.at(value, e.mul(start, stride_d), self.frame.word)
-            e.call(self.pack, source, stride_d, stride,
-                   e.min(e.sub(i64(self.frame.value_dim), start), columns),
-                   e.min(e.sub(kv_len, keys), depth), depth,
-                   self._packed_value(e, a, head, panel.index, keys))
+                   self._packed_key(e, a, slot, start))
+            line = e.at(value, e.mul(start, stride), self.frame.word)
+            with e.loop(0, self.frame.value_panels) as part:
+                d = e.mul(part.index, columns)
+                e.call(self.pack, e.at(line, e.mul(d, stride_d), self.frame.word), stride_d,
+                       stride, e.min(e.sub(i64(self.frame.value_dim), d), columns), keys, columns,
+                       self._packed_value(e, a, slot, part.index, start))
         e.ret()
         return e.function
 
     def _panels(self, e: Emitter, keys: Value) -> Value:
         return e.op("sdiv", e.add(keys, i64(self.frame.columns - 1)), i64(self.frame.columns))
 
-    def _packed_head(self, e: Emitter, a: Arguments, b: Value, h: Value) -> Value:
-        return e.add(e.mul(b, a.get("kv_heads")), h)
+    def _slot(self, e: Emitter, a: Arguments, head: Value) -> Value:
+        """Where in the ring a head is packed."""
+        return e.op("srem", head, a.get("ring"))
 
     def _packed_key(self, e: Emitter, a: Arguments, head: Value, key: Value) -> Value:
         """Packed keys of a head from a panel's first key on, [panel][depth][columns]."""
@@ -154,11 +162,14 @@ class Forward:
                     acc = multiply(e, accumulators(e, count, self.frame.tile.vectors),
                                    Left(e.at(q, e.mul(row, i64(depth)), e.real), depth),
                                    Right(panel, self.frame.columns, self.frame.packed), depth)
+                    if self.frame.pairs:
+                        acc = [[e.fmul(x, factors) for x in xs] for xs in acc]
                     at = e.at(s, e.add(e.mul(row, i64(stride)), column.index), e.real)
                     for i, xs in enumerate(acc):
                         for j, x in enumerate(xs):
-                            x = e.fmul(x, factors) if self.frame.pairs else x
                             e.store(x, at, i * stride + j * e.lanes)
+                    if self.stretches:
+                        cut_edges(e, self.frame, scratch, (row, count), column.index, at)
 
             self.frame.row_panels(e, rows, product)
         e.ret()
@@ -221,6 +232,24 @@ class Forward:
         e.ret()
         return e.function
 
+    def _block_of_stretches(self, scores: Function, values: Function) -> Function:
+        """The same where rows attend stretches."""
+        clip = emit_clip(self.module, self.frame, GRAIN)
+        softmax, _ = emit_softmax(self.module, self.frame, ARGUMENTS, None, False)
+        e = self.module.function("block", ["ptr", "ptr", *PLACE, "i64", "i1"])
+        a, scratch = Arguments(e, e.params[0], ARGUMENTS), e.params[1]
+        *where, head, whole = e.params[2:]
+        place = Place(*where)
+        e.call(clip, scratch, place.rows, place.kv_start, place.skip, place.count, place.width,
+               whole)
+        e.call(scores, scratch, self._packed_key(e, a, head, place.kv_start), place.rows,
+               place.width, score_factor(e, a, False))
+        e.call(softmax, a.pointer, scratch, *where)
+        e.call(values, scratch, self._packed_value(e, a, head, i64(0), place.kv_start),
+               e.mul(self._panels(e, a.get("kv_len")), i64(self.frame.columns)), place.rows)
+        e.ret()
+        return e.function
+
     # One tile of queries
 
     def _tile(self, start: Function, block: Function, store: Function) -> Function:
@@ -240,7 +269,8 @@ class Forward:
 
     def _attend(self, e: Emitter, a: Arguments, scratch: Value, queries: tuple[Value, ...],
                 head: Value, row: Value, parts: tuple[Function, ...]) -> None:
-        """All keys of a tile of queries (b, h, q_start, rows), from its row of runs."""
+        """All keys of a tile of queries (b, h, q_start, rows), from its row of runs; from the
+        first one's start to the last one's end where the mask alone says what is attended."""
         start, block, store = parts
         e.call(start, a.pointer, scratch, *queries)
         line = a.offset("runs", b=queries[0], h=queries[1], q=row)
@@ -249,10 +279,19 @@ class Forward:
             return e.cast("sext", e.load(a.address(name), "i32", index), "i64")
 
         first, last = entry("run_offsets", line), entry("run_offsets", e.add(line, i64(1)))
-        with e.loop(first, last) as run:
+        joined = const("i1", False)
+        if self.stretches:
+            joined = e.compare("ne", a.get("one_run"), i64(0))
+            e.call(self._stretches, a.pointer, scratch, *queries)
+        final = e.sub(last, i64(1))
+        with e.loop(first, e.select(joined, e.min(last, e.add(first, i64(1))), last)) as run:
             begin = e.mul(entry("run_start", run.index), a.get("col_block"))
-            end = e.min(e.mul(entry("run_end", run.index), a.get("col_block")), a.get("kv_len"))
+            end = e.mul(entry("run_end", e.select(joined, final, run.index)), a.get("col_block"))
+            end = e.min(end, a.get("kv_len"))
             whole = e.compare("ne", e.load(a.address("run_full"), "i8", run.index), const("i8", 0))
+            if self.stretches:
+                whole = e.and_(whole, e.op("xor", joined, const("i1", True)))
+                begin, end = within_hull(e, self.frame, scratch, begin, end, whole)
             aligned = e.and_(begin, i64(-self.frame.columns))
             with e.loop(aligned, end, self.frame.tile.tile_kv) as kv:
                 skip = e.max(e.sub(begin, kv.index), i64(0))
@@ -282,6 +321,9 @@ class Forward:
             packing = e.compare("slt", rest, packs)
             before = e.sub(head, i64(1))
             with e.if_(e.and_(packing, e.compare("slt", head, heads))):
+                earlier = e.sub(head, a.get("ring"))
+                with e.if_(e.compare("sge", earlier, i64(0))):
+                    self._wait(e, self._done(e, counters, earlier), e.sub(period, packs))
                 first = e.mul(rest, i64(PACK_PANELS))
                 e.call(pack_unit, a.pointer, e.op("sdiv", head, kv_heads),
                        e.op("srem", head, kv_heads), first)
@@ -294,12 +336,17 @@ class Forward:
                 h = e.add(e.mul(e.op("srem", before, kv_heads), a.get("group")),
                           e.op("srem", repeat, a.get("group")))
                 index = e.sub(e.sub(a.get("tiles"), i64(1)), e.op("sdiv", at, repeats))
-                e.call(tile, a.pointer, scratch, b, h, before, index)
+                e.call(tile, a.pointer, scratch, b, h, self._slot(e, a, before), index)
+                e.atomic_add(self._done(e, counters, before))
         e.ret()
 
     def _packed(self, e: Emitter, counters: Value, head: Value) -> Value:
         """Counter of a head's finished packing units."""
         return e.at(counters, e.add(i64(COUNTER_WORDS), e.mul(head, i64(FLAG_WORDS))), "i64")
+
+    def _done(self, e: Emitter, counters: Value, head: Value) -> Value:
+        """Counter of a head's finished tiles."""
+        return e.at(self._packed(e, counters, head), 1, "i64")
 
     def _wait(self, e: Emitter, counter: Value, count: Value) -> None:
         give_way = e.module.declare("SwitchToThread" if sys.platform == "win32" else "sched_yield",

@@ -69,8 +69,8 @@ class Frame:
     scores [tile_q][score_stride], query [tile_q][words], out [panel][tile_q][columns]; then
     one value a row: running maximum and total, the factor that rescales out, what is subtracted
     before exp2, maximum and total of the current tile of keys, first and last column with an
-    attended score (i64, whole panels, one range for each panel of rows). `attended` holds a bit
-    for each score, `columns` what mods hoist for columns.
+    attended score (i64, whole panels, one range for each panel of rows), and what cpu_stretch.py
+    keeps. `attended` holds a bit for each score, `columns` what mods hoist for columns.
     """
 
     storage: str
@@ -134,7 +134,10 @@ class Frame:
             "query": rows * self.words(self.head_dim) * real,
             "out": self.value_panels * self.out_panel * real,
             **dict.fromkeys(row_arrays, rows * real),
-            **dict.fromkeys(("first", "last"), rows * 8),
+            **dict.fromkeys(("first", "last", "inner_first", "inner_last", "low", "high"),
+                            rows * 8),
+            **dict.fromkeys(("start", "end"), rows * 4),
+            "hull": 2 * 8,
             "attended": rows * self.tile.tile_kv * 2,
             "columns": 0,
         }

@@ -17,7 +17,10 @@ from flexattn.kernels.cpu_dsl import (
     Value,
     const,
     const_vector,
+    element,
     i64,
+    lanes_of,
+    vector_type,
 )
 from flexattn.kernels.cpu_frame import LOG2_E, PLACE, Arguments, Frame, Place
 from flexattn.kernels.cpu_sites import ColumnSite, KernelMod, RowSite, VectorSite
@@ -45,10 +48,12 @@ class Injected:
                 self._columns.append((array, x.type))
         return len(self._columns)
 
-    def hoist_row(self, row: Value) -> None:
+    def hoist_row(self, row: Value) -> Sequence[Value]:
+        """What vectors need of a row; rows for which that is the same attend the same."""
         e, place = self._e, self._place
         self._row = RowSite(place.b, place.h, e.add(place.q_start, row), *self._tables)
         self._row_values = self._mod.per_row(e, self._row)
+        return self._row_values
 
     def row_stretch(self, row: Value) -> tuple[Value, Value]:
         """The row's first attended key, and the one after its last."""
@@ -76,22 +81,35 @@ def emit_attend(module: Module, frame: Frame, names: Sequence[str], mask: Kernel
     mask keeps."""
     e = module.function("attend", ["ptr", "ptr", *PLACE, "i1"])
     scratch, place, whole = e.params[1], Place(*e.params[2:-1]), e.params[-1]
-    mod, arrays, attend_row = None, 0, _attend_stretch
+    mod, arrays = None, 0
     if mask is not None:
         mod = Injected(e, mask, "mask", Arguments(e, e.params[0], names), place)
         if not mask.is_stretch:
             arrays = mod.hoist_columns(frame.array(e, scratch, "columns"),
                                        frame.column_array_bytes)
-            attend_row = _attend_row
     first, last = (frame.array(e, scratch, n) for n in ("first", "last"))
     bits, grain = frame.array(e, scratch, "attended"), grain or frame.columns
     with e.loop(place.rows, frame.tile.tile_q) as row:
         e.store(place.width, first, row.index)
         e.store(i64(0), last, row.index)
-    with e.loop(0, place.rows) as row:
-        start, end = attend_row(e, frame, place, bits, row.index, mod, whole)
-        e.store(e.and_(start, i64(-grain)), first, row.index)
-        e.store(e.and_(e.add(end, i64(grain - 1)), i64(-grain)), last, row.index)
+
+    def keep(row: Value, start: Value, end: Value) -> None:
+        e.store(e.and_(start, i64(-grain)), first, row)
+        e.store(e.and_(e.add(end, i64(grain - 1)), i64(-grain)), last, row)
+
+    if mod is None or mask is None or mask.is_stretch:
+        with e.loop(0, place.rows) as row:
+            keep(row.index, *_attend_stretch(e, frame, place, bits, row.index, mod, whole))
+    else:
+        with e.loop(0, place.rows, 1, mod.hoist_row(i64(0))) as row:
+            before, row.next = row.values, mod.hoist_row(row.index)
+            same = e.compare("sgt", row.index, i64(0))
+            for x, y in zip(before, row.next, strict=True):
+                same = e.and_(same, _is_same(e, x, y))
+            with e.if_(same):
+                _repeat_row(e, frame, bits, (first, last), row.index)
+            with e.if_(e.op("xor", same, const("i1", True))):
+                keep(row.index, *_attend_row(e, frame, place, bits, row.index, mod, whole))
     frame.row_panels(e, place.rows, lambda row, count: _join(e, first, last, row, count))
     e.ret()
     return e.function, arrays
@@ -120,11 +138,30 @@ def _attend_stretch(e: Emitter, frame: Frame, place: Place, bits: Value, row: Va
     return start, end
 
 
+def _is_same(e: Emitter, x: Value, y: Value) -> Value:
+    """Whether two scalars, or two vectors, have the same bits."""
+    word = {"float": "i32", "double": "i64"}.get(element(x.type))
+    if word is not None:
+        x, y = (e.cast("bitcast", v, vector_type(lanes_of(x.type), word)) for v in (x, y))
+    equal = e.compare("eq", x, y)
+    return e.all(equal) if lanes_of(x.type) else equal
+
+
+def _repeat_row(e: Emitter, frame: Frame, bits: Value, ends: tuple[Value, Value],
+                row: Value) -> None:
+    """What the row before it attends: rows of one document attend the same keys."""
+    before = e.sub(row, i64(1))
+    for array in ends:
+        e.store(e.load(array, "i64", before), array, row)
+    words = vector_type(frame.tile.tile_kv // e.lanes, "i16")
+    source, target = (bits_at(e, frame, bits, x, i64(0)) for x in (before, row))
+    e.store(e.load(source, words), target)
+
+
 def _attend_row(e: Emitter, frame: Frame, place: Place, bits: Value, row: Value,
-                mod: Injected | None, whole: Value) -> tuple[Value, Value]:
-    """Bits of one row; the columns from the first to after the last vector with one set."""
-    assert mod is not None
-    mod.hoist_row(row)
+                mod: Injected, whole: Value) -> tuple[Value, Value]:
+    """Bits of one row, which is hoisted; the columns from the first to after the last vector with
+    one set."""
     ignore = e.splat(whole)
     with e.loop(0, place.width, e.lanes, [place.width, i64(0)]) as loop:
         low, high = (e.splat(e.cast("trunc", e.sub(bound, loop.index), "i32"))

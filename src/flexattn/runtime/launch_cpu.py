@@ -81,7 +81,8 @@ def _run_forward(call: Call, out: Tensor, lse: Tensor | None, max_scores: Tensor
     rows = -(-q_len // row_block)
     parts, tile_rows = _tiling(row_block, frame.tile.tile_q, batch * q_heads * rows, team)
     panels = -(-kv_len // frame.columns)
-    line = kv_batch * kv_heads * panels * frame.columns * q.element_size()
+    ring = _ring(kv_batch * kv_heads, rows * parts * batch * q_heads // (kv_batch * kv_heads), team)
+    line = ring * panels * frame.columns * q.element_size()
     counters = 8 * (cpu_forward.COUNTER_WORDS + cpu_forward.FLAG_WORDS * kv_batch * kv_heads)
     memory = Memory(counters, team * scratch, line * frame.depth(head_dim),
                     line * frame.value_panels * frame.columns)
@@ -94,8 +95,9 @@ def _run_forward(call: Call, out: Tensor, lse: Tensor | None, max_scores: Tensor
         *tables.addresses, *tables.faults, *runs.addresses,
         *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
         batch, kv_batch, kv_heads, q_heads // kv_heads, q_len, kv_len, tile_rows, rows * parts,
-        -(-panels // cpu_forward.PACK_PANELS), scratch,
+        -(-panels // cpu_forward.PACK_PANELS), ring, scratch,
         *runs.strides, row_block, runs.col_block, parts,
+        call.block_mask is None or call.block_mask.is_proved,
         call.scale), team)
     tables.check()
 
@@ -114,6 +116,12 @@ def _tiling(row_block: int, tile_q: int, rows: int, team: int) -> tuple[int, int
     while rows * parts < 2 * team and row_block // (2 * parts) >= _SMALLEST_TILE:
         parts *= 2
     return parts, -(-row_block // parts)
+
+
+def _ring(heads: int, tiles: int, team: int) -> int:
+    """How many heads are packed at once: the one attended to, the next one, and those whose last
+    tiles may still be under way. `tiles` counts those of a head."""
+    return min(heads, 2 + -(-2 * team // max(tiles, 1)))
 
 
 # Few queries
