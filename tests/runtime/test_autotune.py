@@ -69,6 +69,17 @@ def test_a_tile_that_is_gone_is_not_served(tune):
     assert tune(left) == (("triton", 64), [])
 
 
+def test_a_tile_for_which_memory_is_too_small_is_passed_over(tune):
+    def seconds(run):
+        if not run():
+            raise torch.cuda.OutOfMemoryError
+        return 1.0
+
+    tiles = [("hopper", Prepared(0)), ("triton", Prepared(64))]
+    found = autotune.fastest(("small",), lambda: iter(tiles), lambda found: found.tile_q, seconds)
+    assert found == tiles[1]
+
+
 def test_without_candidates_there_is_no_choice(tune):
     assert tune({}) == (None, [])
 

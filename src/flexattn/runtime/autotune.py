@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -75,7 +76,10 @@ def fastest(facts: tuple, candidates: Callable[[], Iterator[Candidate]],
                 _labels[file] = known
                 return found
     measure = seconds or gpu_seconds
-    timed = [(measure(partial(run, found[1])), found) for found in candidates()]
+    timed = []
+    for found in candidates():
+        with suppress(torch.cuda.OutOfMemoryError):  # another may need less
+            timed.append((measure(partial(run, found[1])), found))
     if not timed:
         return None
     best = min(timed, key=lambda item: item[0])[1]
