@@ -40,7 +40,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warm", type=int, default=0,
-                        help="first run every case once, so many at a time, to fill the caches")
+                        help="first run all of it once, so many at a time, to fill the caches")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="", help="whose name the results carry")
     parser.add_argument("--out", type=Path, default=report.RESULTS)
@@ -64,6 +64,14 @@ def _complete(parser: argparse.ArgumentParser, options: argparse.Namespace,
         options.providers = options.providers or ["ours", "torch_flex", "sdpa"]
 
 
+def _given(options: argparse.Namespace) -> dict[str, list[str]]:
+    """What chooses the kernels that run, as words of a command line."""
+    names = ("cases", "corners", "providers", "dtypes", "lengths", "head_dims")
+    lists = {"--" + name.replace("_", "-"): list(map(str, getattr(options, name)))
+             for name in names}
+    return lists | {"--device": [options.device]}
+
+
 def main(words: list[str] | None = None) -> None:
     parser = arguments()
     options = parser.parse_args(words)
@@ -74,7 +82,7 @@ def main(words: list[str] | None = None) -> None:
     _complete(parser, options, suite)
     if options.warm:
         warm(options.suite, options.sections or sections, getattr(suite, "PARTS", {}),
-             options.warm)
+             _given(options), options.warm)
     for key, value in report.origin(options.device).items():
         print(f"{key}: {value}")
     for name in options.sections or sections:

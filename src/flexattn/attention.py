@@ -78,7 +78,8 @@ def flex_attention(
         kernel_options: any keys; torch's hints for its own kernels are accepted and change
             nothing. Ours, in eager calls: "deterministic" (bool) asks for the same bits in every
             run, as torch.use_deterministic_algorithms does; "autotune" (bool) times all kernels
-            and tiles that serve the call on this GPU once, and keeps the fastest on disk.
+            and tiles that serve the call on this GPU once, and keeps the fastest on disk (not where
+            the call is to be deterministic).
         return_aux: AuxRequest(lse, max_scores); the result is then (out, AuxOutput).
 
     Under autocast, query, key and value are cast as scaled_dot_product_attention's. In eager mode a

@@ -111,12 +111,12 @@ def ready(key: str, target: Target) -> bool:
 
 
 def _file(key: str, target: Target) -> str:
-    facts = (key, target, _triton_version(), compile.generators())
+    facts = (key, target, triton_version(), compile.generators())
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 @cache
-def _triton_version() -> str:
+def triton_version() -> str:
     for package in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
         try:
             return importlib.metadata.version(package)

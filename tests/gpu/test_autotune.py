@@ -28,6 +28,7 @@ def timed(monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(autotune, "gpu_seconds", counted)
+    monkeypatch.setattr(autotune, "_labels", {})
     yield found
     launch_gpu._choices.clear()
     launch_gpu._backwards.clear()
@@ -64,6 +65,16 @@ def test_not_while_a_graph_is_captured(timed):
         out = flexattn.flex_attention(q, q, q, capped, kernel_options=TUNED)
     graph.replay()
     assert not timed and torch.equal(out, wanted)
+
+
+def test_a_graph_captures_what_was_found_before(timed):
+    q = torch.randn(1, 2, 300, 64, device="cuda", dtype=torch.float16)
+    flexattn.flex_attention(q, q, q, capped, kernel_options=TUNED)
+    known = dict(launch_gpu._choices)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        flexattn.flex_attention(q, q, q, capped, kernel_options=TUNED)
+    assert launch_gpu._choices == known and len(known) == 1
 
 
 def test_explain_names_tile_and_resources():

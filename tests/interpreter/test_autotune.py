@@ -19,6 +19,7 @@ def timer(tmp_path, monkeypatch):
     monkeypatch.setattr(launch_triton, "_configs", lambda *_: CONFIGS)
     monkeypatch.setattr(launch_triton_backward, "_configs", lambda *_: (CONFIGS, CONFIGS))
     monkeypatch.setattr(autotune.compile, "cache_directory", lambda: None)
+    monkeypatch.setattr(autotune, "_labels", {})
     launch_gpu._choices.clear()
     launch_gpu._backwards.clear()
     seconds = []
@@ -61,3 +62,35 @@ def test_a_tuned_decoding(timer):
     found = launch_gpu.forward(call_of(q, k, v, options=TUNED))
     torch.testing.assert_close(found.out, launch_gpu.forward(call_of(q, k, v)).out)
     assert len(timer) == 1 + 2, "decoding has one tile here, and the kernel for long rows two"
+
+
+def test_a_growing_cache_prepares_nothing(timer, monkeypatch):
+    """The kernel for decoding, if it is the fastest, serves keys of any length."""
+    def measured(run):
+        timer.append(1.0 + len(timer))
+        return timer[-1]
+
+    monkeypatch.setattr(autotune, "gpu_seconds", measured)
+    found = [launch_gpu.choice(call_of(*tensors(1, 1, 2, 1, n, (16, 16)), options=TUNED))
+             for n in (40, 41, 64)]
+    assert found[0].kernel == "triton decode" and len(timer) == 3
+    assert all(other is found[0] for other in found)
+
+
+def test_lengths_of_a_magnitude_are_timed_once(timer):
+    for n in (40, 50):
+        launch_gpu.forward(call_of(*tensors(1, 1, 2, n, n, (16, 16)), options=TUNED))
+    assert len(timer) == 2
+
+
+def test_what_a_graph_captures(timer, monkeypatch):
+    """What was found before; if nothing was, the first tile, which is not kept."""
+    call = call_of(*tensors(1, 2, 1, 40, 50, (16, 16)), options=TUNED)
+    for tuned_before in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(autotune, "postponed", autotune.asked)
+            captured = launch_gpu.choice(call)
+        assert len(timer) == 2 * tuned_before
+        assert captured.prepared.config == CONFIGS[tuned_before]
+        tuned = launch_gpu.choice(call)
+        assert tuned.prepared.config == CONFIGS[-1] and (captured is tuned) == tuned_before

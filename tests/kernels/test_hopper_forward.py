@@ -169,6 +169,19 @@ def test_masks_of_reals_round_once_an_operation():
     assert "tanh.approx" not in text
 
 
+def test_masks_of_float64_round_once_an_operation():
+    table = torch.rand(2, 1024, dtype=torch.float64)
+
+    def mask(b, h, q_idx, kv_idx):
+        return table[0, q_idx] * table[1, kv_idx] + table[1, q_idx] * 0.3 < table[0, kv_idx] ** 2
+
+    q = torch.empty(1, 2, 1024, 64, dtype=torch.float16)
+    code = mod_code(Call(q, q, q, 1.0, None, specialize(trace_mask_mod(mask))), "cuda")
+    plan = HopperPlan(forward_configs(64, 64, True)[0], code, torch.float16, True, True, False)
+    text = compiled(plan.source(), Target("cuda", 90, 32)).stages["ptx"]
+    assert text.count("mul.rn.f64") >= 3 and "fma.rn.f64" not in text
+
+
 def test_configs():
     assert [c.tile_q for c in forward_configs(64, 64, True)][:2] == [192, 128]
     assert forward_configs(192, 128, False)[0].head_chunks == 3

@@ -12,6 +12,7 @@ _LN2_HIGH = tl.constexpr(0.693359375)  # k * _LN2_HIGH is exact for |k| < 2^15
 _LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
 _TANH = tl.constexpr("tanh.approx.f32 $0, $1;")
 _PRODUCT = tl.constexpr("mul.rn.f32 $0, $1, $2;")
+_PRODUCT_64 = tl.constexpr("mul.rn.f64 $0, $1, $2;")
 _LOAD_16 = tl.constexpr("ld.global.nc.b16 $0, [$1];")
 _LOAD_32 = tl.constexpr("ld.global.nc.b32 $0, [$1];")
 _LOAD_64 = tl.constexpr("ld.global.nc.b64 $0, [$1];")
@@ -83,6 +84,13 @@ def tanh_approx(x):
 def product(x, y):
     """x * y of float32 on NVIDIA GPUs, rounded: never part of a fused multiply-add."""
     return tl.inline_asm_elementwise(_PRODUCT, "=f,f,f", [x, y], dtype=tl.float32, is_pure=True,
+                                     pack=1)
+
+
+@triton.jit
+def double_product(x, y):
+    """The same of float64."""
+    return tl.inline_asm_elementwise(_PRODUCT_64, "=d,d,d", [x, y], dtype=tl.float64, is_pure=True,
                                      pack=1)
 
 

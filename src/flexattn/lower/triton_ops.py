@@ -33,7 +33,7 @@ class Context:
     """What the expression of an operation may depend on besides its operands.
 
     fast: 16-bit attention inputs, whose rounding hides errors of 2^-11 in transcendentals.
-    exact: float32 arithmetic rounds once an operation, as `ir.evaluate` does: a mask must say of an
+    exact: arithmetic rounds once an operation, as `ir.evaluate` does: a mask must say of an
     element what was proved, or evaluated, of its block. On NVIDIA GPUs.
     """
 
@@ -147,8 +147,9 @@ def _divide(c: Context, n: Node, x: str, y: str) -> str:
 
 def _multiply(c: Context, n: Node, x: str, y: str) -> str:
     """Exact: never part of a fused multiply-add."""
-    if c.exact and c.target == "cuda" and n.dtype is torch.float32:
-        return f"math.product({plain(x)}, {plain(y)})"
+    name = {torch.float32: "product", torch.float64: "double_product"}.get(n.dtype)
+    if c.exact and c.target == "cuda" and name:
+        return f"math.{name}({plain(x)}, {plain(y)})"
     return f"{x} * {y}"
 
 

@@ -1,8 +1,8 @@
 """The fastest of the kernels and tiles that serve a call, found by timing them on the GPU at hand.
 
 In: what the choice depends on, the prepared candidates, and how to run one. Out: the candidate of
-the least median time. It is kept on disk with the compiled kernels, so that another process, or
-another length of the same magnitude, does not time again.
+the least median time. Its label is remembered, and kept on disk with the compiled kernels, so that
+another process, or another length of the same magnitude, does not time again.
 """
 
 from __future__ import annotations
@@ -10,14 +10,20 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexattn import compile
+from flexattn.compile_triton import triton_version
 from flexattn.runtime.call import Call
 from flexattn.runtime.gpu_launch import Tiled
+from flexattn.runtime.launch_triton_decode import decodes
+from flexattn.runtime.tensor_map import takes
+from flexattn.runtime.triton_backward_plan import deterministic
 
 _WARM, _TIMED = 2, 5  # runs of a candidate
 _SUFFIX = ".tuned"
@@ -25,26 +31,36 @@ Candidate = tuple[str, Any]  # a kernel's name, and a Prepared or PreparedBackwa
 
 
 def asked(call: Call) -> bool:
-    """Whether the call asks for it, and can be waited for: a CUDA graph's capture cannot."""
-    return bool(call.options.get("autotune")) and not (
-        call.query.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether the call asks for it. Not if it is to be deterministic: another run may find another
+    tile fastest, which rounds sums otherwise."""
+    return bool(call.options.get("autotune")) and not deterministic(call)
 
 
-def facts_of(call: Call, kernels: Iterable[str]) -> tuple:
-    """What the choice depends on: shapes, lengths to the next power of two, and the mods."""
-    q, k, v = call.query, call.key, call.value
+def postponed(call: Call) -> bool:
+    """Whether the call asks for it when nothing can be timed: while a CUDA graph is captured."""
+    return asked(call) and call.query.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def facts_of(call: Call, kernels: Iterable[str], *more: Any) -> tuple:
+    """What the choice depends on: shapes, lengths to the next power of two, the mods, and whatever
+    decides which kernels are candidates. more: what a backward is given besides."""
+    q, k, v, mask = call.query, call.key, call.value, call.block_mask
     mods = [None if mod is None else (str(mod.graph), *(t.requires_grad for t in mod.captures))
             for mod in (call.score, call.mask)]
-    sizes = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+    sizes = (q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+    tensors = (q, k, v, *(t for t in more if isinstance(t, Tensor)))
     return (*kernels, torch.cuda.get_device_name(q.device) if q.is_cuda else "",
-            *map(_magnitude, sizes), q.shape[3], v.shape[3], q.dtype, *mods,
-            call.block_mask is not None, call.want_lse, sorted(map(str, call.options.items())),
-            torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision(),
-            compile.generators())
+            *map(magnitude, sizes), q.shape[3], v.shape[3], q.dtype, *map(takes, tensors), *mods,
+            None if mask is None else (mask.BLOCK_SIZE, mask.table.runs is None), decodes(call),
+            call.want_lse, call.want_max_scores, sorted(map(str, call.options.items())),
+            torch.get_float32_matmul_precision(), triton_version(), compile.generators())
 
 
-def _magnitude(n: int) -> int:
+def magnitude(n: int) -> int:
     return max(n - 1, 0).bit_length()
+
+
+_labels: dict[str, str] = {}
 
 
 def fastest(facts: tuple, candidates: Callable[[], Iterator[Candidate]],
@@ -53,17 +69,22 @@ def fastest(facts: tuple, candidates: Callable[[], Iterator[Candidate]],
     """The candidate that is known to be fastest, or is found to be; None where there is none.
     seconds: times a run."""
     file = hashlib.sha256(repr(facts).encode()).hexdigest()
-    known = compile.read(file, _SUFFIX)
-    if known is not None:
+    known = _labels.get(file) or (compile.read(file, _SUFFIX) or b"").decode()
+    if known:
         for found in candidates():
-            if label(*found) == known.decode():
+            if label(*found) == known:
+                _labels[file] = known
                 return found
     measure = seconds or gpu_seconds
-    timed = [(measure(partial(run, found[1])), found) for found in candidates()]
+    timed = []
+    for found in candidates():
+        with suppress(torch.cuda.OutOfMemoryError):  # another may need less
+            timed.append((measure(partial(run, found[1])), found))
     if not timed:
         return None
     best = min(timed, key=lambda item: item[0])[1]
-    compile.write(file, _SUFFIX, label(*best).encode())
+    _labels[file] = label(*best)
+    compile.write(file, _SUFFIX, _labels[file].encode())
     return best
 
 

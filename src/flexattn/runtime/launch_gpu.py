@@ -97,29 +97,30 @@ def backward_choice(call: Call, result: Result, d_out: Tensor, d_lse: Tensor | N
     """The kernel of a call's backward, prepared."""
     key = (*_key(call), d_out.stride(), d_out.data_ptr() & 15, d_lse is None,
            triton_backward_plan.deterministic(call))
-    found = _backwards.get(key)
-    if found is None:
-        if len(_backwards) >= _MOST_PREPARED:
-            _backwards.clear()
-        found = _backwards[key] = _served(BACKWARD, call, result, d_out, d_lse)
-    return found
+    return _backwards.get(key) or _kept(_backwards, key, call,
+                                        _served(BACKWARD, call, result, d_out, d_lse))
 
 
 def choice(call: Call) -> Choice:
     """The kernel of a call with contiguous columns, prepared."""
-    if launch_triton_decode.decodes(call) and not autotune.asked(call):
-        found = _found(launch_triton_decode.key(call), call)
+    if launch_triton_decode.decodes(call):
+        tuned = autotune.magnitude(call.key.shape[2]) if autotune.asked(call) else None
+        found = _found((*launch_triton_decode.key(call), tuned), call)
         if found.kernel == "triton decode":
             return found
     return _found(_key(call), call)
 
 
 def _found(key: tuple, call: Call) -> Choice:
-    found = _choices.get(key)
-    if found is None:
-        if len(_choices) >= _MOST_PREPARED:
-            _choices.clear()
-        found = _choices[key] = _chosen(call)
+    return _choices.get(key) or _kept(_choices, key, call, _chosen(call))
+
+
+def _kept(choices: dict[tuple, Choice], key: tuple, call: Call, found: Choice) -> Choice:
+    """What was just chosen, for later calls, too, unless they can find a faster one."""
+    if not autotune.postponed(call):
+        if len(choices) >= _MOST_PREPARED:
+            choices.clear()
+        choices[key] = found
     return found
 
 
@@ -134,14 +135,14 @@ def _chosen(call: Call) -> Choice:
 
 def _served(kernels: Mapping[str, Callable[..., Any]], call: Call, *more: Any) -> Choice:
     """By the fastest kernel and tile if the call asks for it, or by the first that takes it."""
-    if not autotune.asked(call):
+    if not autotune.asked(call) or autotune.postponed(call):
         return _first(kernels, call, *more)
 
     def candidates() -> Iterator[autotune.Candidate]:
         for name, prepare in kernels.items():
             yield from ((name, found) for found in _TUNED[prepare](call, *more))
 
-    found = autotune.fastest(autotune.facts_of(call, kernels), candidates,
+    found = autotune.fastest(autotune.facts_of(call, kernels, *more), candidates,
                              lambda prepared: prepared.run(call, *more))
     if found is None:
         return _first(kernels, call, *more)  # which says why
