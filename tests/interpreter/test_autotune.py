@@ -47,7 +47,7 @@ def test_forward_and_backward(timer):
     assert not timer
     tuned = gradients(q, k, v, alibi, None, [slopes], d_out, d_lse, TUNED)
     for found, wanted in zip(tuned, plain, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)  # other orders of sums
     assert len(timer) == 2 + 4, "two tiles forward, two for each of two kernels backward"
     forward, backward = (list(d.values())[-1].prepared for d in (launch_gpu._choices,
                                                                  launch_gpu._backwards))
