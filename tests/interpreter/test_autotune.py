@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from flexattn.kernels.triton_config import TritonConfig
-from flexattn.runtime import autotune, launch_gpu, launch_triton, launch_triton_backward
+from flexattn.runtime import (
+    autotune,
+    launch_gpu,
+    launch_triton,
+    launch_triton_backward,
+    launch_triton_decode,
+)
 from tests.interpreter.attend import call_of, gradients, tensors
 
 TUNED = {"autotune": True}
@@ -62,6 +68,17 @@ def test_a_tuned_decoding(timer):
     found = launch_gpu.forward(call_of(q, k, v, options=TUNED))
     torch.testing.assert_close(found.out, launch_gpu.forward(call_of(q, k, v)).out)
     assert len(timer) == 1 + 2, "decoding has one tile here, and the kernel for long rows two"
+
+
+@pytest.mark.parametrize("kv_len, kernels", [(10, ["alone", "dealt"]), (200, ["dealt"])])
+def test_a_decoding_names_the_kernels_it_has_made(kv_len, kernels):
+    """One that splits the keys, and one that does not where it has served."""
+    q, k, v = tensors(1, 1, 2, 1, kv_len, (16, 16))
+    prepared = next(launch_triton_decode.candidates(call_of(q, k, v)))
+    prepared._dealt.function = "dealt"
+    if "_alone" in prepared.__dict__:
+        prepared._alone.function = "alone"
+    assert prepared.functions == kernels
 
 
 def test_a_growing_cache_prepares_nothing(timer, monkeypatch):

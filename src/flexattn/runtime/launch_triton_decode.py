@@ -231,7 +231,8 @@ class _Decode:
 
     @property
     def functions(self) -> list[Function]:
-        return [self._dealt.function] if self._dealt.function else []
+        made = (self.__dict__.get("_alone"), self._dealt)  # the first where it was needed
+        return [kernel.function for kernel in made if kernel and kernel.function]
 
     def fits(self, kv_len: int) -> bool:
         """Whether shared memory holds what the kernel of so many keys needs."""
