@@ -68,6 +68,18 @@ def test_random_masks(seed):
     assert taken > 12
 
 
+def test_a_comparison_of_one_real_of_a_head(seed):
+    """Triton's interpreter spreads such a comparison as a real."""
+    torch.manual_seed(seed)
+    slopes, kept = torch.randn(2), torch.rand(150) < 0.5
+
+    def mask(b, h, q, k):
+        return torch.where(kept[q], kept[k], slopes[h] > 0) & kept[q]
+
+    assert check(mask, (1, 2, 150, 150), (16, 32))
+    assert check(lambda b, h, q, k: (slopes[h] > 0) & (q >= k), (1, 2, 150, 150), (16, 32))
+
+
 def test_a_dense_mask(seed):
     torch.manual_seed(seed)
     dense = torch.rand(150, 150) < torch.rand(150, 150) ** 4

@@ -106,6 +106,17 @@ def _infix(sign: str) -> Entry:
     return lambda c, n, x, y: f"{x} {sign} {y}"
 
 
+def _compare(sign: str) -> Entry:
+    """Triton's interpreter takes a comparison of reals for a real where it spreads one: there its
+    result is written to a bool of its own."""
+    def entry(c: Context, n: Node, x: str, y: str) -> str:
+        if c.target == "interpreter" and n.args[0].dtype in FLOATS:
+            return f"({x} {sign} {y}).to(tl.int8) != 0"
+        return f"{x} {sign} {y}"
+
+    return entry
+
+
 def _tanh(c: Context, n: Node, x: str) -> str:
     fast = "math.tanh_approx" if c.target == "cuda" else "math.tanh_exp2"
     return _wide_call("math.tanh", "tanh", fast)(c, n, x)
@@ -195,7 +206,7 @@ def _extremum(name: str) -> Entry:
 
 def _cast(c: Context, n: Node, x: str) -> str:
     if n.dtype is torch.bool:
-        return f"{x} != 0"
+        return _compare("!=")(c, n, x, "0")
     if n.args[0].op is Op.NUMBER:
         return f"tl.cast({x}, tl.{c.storage(n)})"
     if c.storage(n) == c.storage(n.args[0]):
@@ -252,9 +263,9 @@ TABLE: dict[Op, Entry] = {
     Op.XOR: _infix("^"),
     Op.SHL: _infix("<<"),
     Op.SHR: _infix(">>"),
-    Op.LT: _infix("<"),
-    Op.LE: _infix("<="),
-    Op.EQ: _infix("=="),
-    Op.NE: _infix("!="),
+    Op.LT: _compare("<"),
+    Op.LE: _compare("<="),
+    Op.EQ: _compare("=="),
+    Op.NE: _compare("!="),
     Op.WHERE: _call("tl.where"),
 }
