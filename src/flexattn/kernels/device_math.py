@@ -160,6 +160,13 @@ def floor_divide(x, y):
 
 
 @triton.jit
+def floor_divide_by_positive(x, y):
+    """floor_divide for y > 0, in fewer instructions; also of the least integer."""
+    sign = tl.where(x < 0, -1, 0).to(x.dtype)
+    return ((x ^ sign) // y) ^ sign
+
+
+@triton.jit
 def floor_modulo(x, y):
     """The remainder of floor_divide: it has the sign of y."""
     y = tl.where(y == 0, 1, y)

@@ -170,9 +170,9 @@ def _floor_divide(c: Context, n: Node, x: str, y: str) -> str:
     (low, _), (least, _) = (c.ranges[a] for a in n.args)
     if low >= 0 and least > 0:
         return f"{x} // {y}"
-    if least > 0:
-        return f"({x} - tl.where({x} < 0, {y} - 1, 0)) // {y}"
-    return f"math.floor_divide({x}, {y})"
+    if least > 0 and not n.args[0].is_const:
+        return f"math.floor_divide_by_positive({plain(x)}, {plain(y)})"
+    return f"math.floor_divide({plain(x)}, {plain(y)})"
 
 
 def _modulo(c: Context, n: Node, x: str, y: str) -> str:

@@ -21,7 +21,7 @@ from flexattn.lower.triton_ops import HALVES, TABLE, TYPE_NAMES, Context, litera
 
 HOISTED = {HEAD: "head", ROWS: "rows", COLUMNS: "columns"}
 _INLINE = 48  # longest expression written into another one
-_READ_TWICE = frozenset({Op.TRUNC, Op.SIGN, Op.FLOORDIV, Op.POW})  # operands must be names
+_READ_TWICE = frozenset({Op.TRUNC, Op.SIGN, Op.POW})  # operands must be names
 _EXACT = frozenset({Op.LOAD, Op.WHERE, Op.NEG, Op.ABS, Op.MIN, Op.MAX})  # never round
 
 
