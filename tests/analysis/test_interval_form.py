@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 
 import pytest
 import torch
@@ -21,25 +22,35 @@ CPU = torch.device("cpu")
 BOUND = 1 << 24
 
 
-def kinds(mask, sizes, blocks):
+def form_and_captures(mod, sizes, blocks, factor):
+    """The form for `factor` blocks of keys together, its tables made from those of one block."""
+    tables = {}
+    for times in (1, factor) if factor > 1 else (1,):
+        grid = grid_of(mod, *sizes, blocks[0], blocks[1] * times)
+        form = interval_form(mod.graph, BOUND, [None] * len(mod.numbers), grid.q_block,
+                             grid.kv_block)
+        tables = line_tables(form, mod, grid, CPU, tables, factor)
+    return form, (*mod.captures, *chain.from_iterable(tables.values())), grid
+
+
+def kinds(mask, sizes, blocks, factor=1):
     """What the form says, uint8 [B, H, rows, columns]."""
     mod = specialize(trace_mask_mod(mask))
-    grid = grid_of(mod, *sizes, *blocks)
-    form = interval_form(mod.graph, BOUND, [None] * len(mod.numbers), *blocks)
+    form, captures, grid = form_and_captures(mod, sizes, blocks, factor)
     inputs = {name: (torch.arange(count) * step).view([-1 if d == axis else 1 for d in range(4)])
               for axis, (name, count, step) in enumerate((
-                  ("b", grid.batch, 1), ("h", grid.heads, 1), ("q_idx", grid.rows, blocks[0]),
-                  ("kv_idx", grid.columns, blocks[1])))}
-    captures = (*mod.captures, *line_tables(form, mod, grid, CPU))
+                  ("b", grid.batch, 1), ("h", grid.heads, 1), ("q_idx", grid.rows, grid.q_block),
+                  ("kv_idx", grid.columns, grid.kv_block)))}
     found = evaluate(form.graph, inputs, captures, (*mod.numbers, sizes[2] - 1, sizes[3] - 1))
     return found["mask"].expand(*sizes[:2], grid.rows, grid.columns)
 
 
-def check(mask, sizes, blocks):
+def check(mask, sizes, blocks, factor=1):
     """The share of blocks that are decided, of those that could be."""
-    said, wanted = kinds(mask, sizes, blocks), brute_force(mask, sizes, blocks)
+    said = kinds(mask, sizes, blocks, factor)
+    wanted = brute_force(mask, sizes, (blocks[0], blocks[1] * factor))
     decided = said != PARTIAL
-    assert torch.equal(said[decided], wanted[decided].long()), (sizes, blocks)
+    assert torch.equal(said[decided], wanted[decided].long()), (sizes, blocks, factor)
     return float(decided.sum() / max(int((wanted != PARTIAL).sum()), 1))
 
 
@@ -51,7 +62,7 @@ def test_random_masks(part, seed):
         mask = RandomMask(rng)
         sizes, blocks = sizes_of(rng)
         try:
-            check(mask, sizes, blocks)
+            check(mask, sizes, blocks, rng.choice((1, 2, 3, 8)))
             taken += 1
         except NoSymbolError:
             continue
@@ -68,6 +79,7 @@ def test_library_masks(name, seed):
     for _ in range(2):
         sizes, blocks = sizes_of(rng)
         check(LIBRARY[name](rng, *sizes), sizes, blocks)
+        check(LIBRARY[name](rng, *sizes), sizes, blocks, rng.randint(2, 5))
 
 
 @pytest.mark.parametrize("name", ["causal", "sliding_window,causal", "prefix_lm", "document",
@@ -77,6 +89,7 @@ def test_all_blocks_that_can_be_are_decided(name, seed):
     torch.manual_seed(seed)
     sizes = (2, 2, 600, 600)
     assert check(LIBRARY[name](rng, *sizes), sizes, (32, 48)) == 1.0
+    assert check(LIBRARY[name](rng, *sizes), sizes, (32, 16), 3) == 1.0
 
 
 def test_a_number_that_varies_is_no_constant_of_the_form():

@@ -66,6 +66,24 @@ def test_long_masks_are_those_of_the_cpu():
             assert torch.equal(getattr(made(here), name), getattr(made(there), name).cpu())
 
 
+@pytest.mark.parametrize("name", ["causal", "window", "documents", "prefix"])
+def test_a_million_tokens(name):
+    """Lines of several chunks (kernels/block_kinds.py)."""
+    length = (1 << 20) - 77
+    ids = masks.lengths_to_ids(torch.randint(300, 200_000, (40,)).tolist() + [length])[:length]
+    mask = {"causal": masks.causal, "prefix": masks.prefix_lm(300_000),
+            "window": masks.and_masks(masks.causal, masks.sliding_window(150_000)),
+            "documents": masks.causal_document(ids)}[name]
+    tables = []
+    for device in (torch.device("cpu"), GPU):
+        mod = specialize(trace_mask_mod(mask, device))
+        grid = grid_of(mod, 1, 1, length, length, 128, 128)
+        tables.append(launch_block_mask.runs(mod, grid, device, at_once=True)
+                      if device == GPU else mask_sparsity(mod, grid, device).table)
+    for field in ("offsets", "start", "end", "full"):
+        assert torch.equal(getattr(tables[0], field), getattr(tables[1], field).cpu())
+
+
 @pytest.fixture
 def nothing_compiled(tmp_path, monkeypatch):
     """Caches on disk and in memory that are empty: those of a new user."""

@@ -62,6 +62,41 @@ def test_library_masks(name, seed):
     assert check(LIBRARY[name](rng, *sizes), sizes, blocks)
 
 
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Lines of several chunks."""
+    monkeypatch.setattr(launch_block_runs, "CHUNK", 4)
+    monkeypatch.setattr(launch_block_mask, "_plans", {})
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_masks_in_small_chunks(name, seed, small_chunks):
+    test_library_masks(name, seed)
+
+
+def test_random_masks_in_small_chunks(seed, small_chunks):
+    test_random_masks(seed + 40)
+
+
+@pytest.mark.parametrize("reach", [-16, 0, 16])
+def test_runs_that_end_where_chunks_do(reach, small_chunks):
+    sizes, blocks = (1, 1, 300, 300), (16, 16)
+    assert check(lambda b, h, q, k: q + reach >= k, sizes, blocks)
+    assert check(lambda b, h, q, k: q + reach <= k, sizes, blocks)
+    assert check(lambda b, h, q, k: (q + reach) // 64 == k // 64, sizes, blocks)
+
+
+def test_chunks_of_all_kinds_of_blocks(seed, small_chunks):
+    torch.manual_seed(seed)
+    chosen = torch.randint(0, 3, (19, 19))
+    other = torch.rand(300, 300) < 0.5
+
+    def mask(b, h, q, k):
+        return (chosen[q // 16, k // 16] == 2) | ((chosen[q // 16, k // 16] == 1) & other[q, k])
+
+    assert check(mask, (1, 1, 300, 300), (16, 16))
+
+
 def test_random_masks(seed):
     taken = sum(check(RandomMask(rng), *sizes_of(rng))
                 for rng in map(random.Random, range(seed, seed + 40)))
@@ -80,6 +115,20 @@ def test_a_comparison_of_one_real_of_a_head(seed):
     assert check(lambda b, h, q, k: (slopes[h] > 0) & (q >= k), (1, 2, 150, 150), (16, 32))
 
 
+@pytest.mark.parametrize("divisor", [2, 97, 1 << 20])
+def test_quotients_of_the_least_integer(divisor, seed):
+    """It also stands for numbers without a bound in intervals."""
+    torch.manual_seed(seed)
+    least = torch.iinfo(torch.int64).min
+    table = torch.randint(-90, 300, (300,))
+    table[torch.randperm(300)[:200]] = torch.randint(least, least + 99, (200,))
+    sizes, blocks = (1, 1, 300, 300), (16, 32)
+    assert check(lambda b, h, q, k: table[q] // divisor + 9 < k, sizes, blocks)
+    inside = table.clamp(0, 299)
+    assert check(lambda b, h, q, k: inside[torch.minimum(inside[q], k)].abs() // divisor < k,
+                 sizes, blocks)
+
+
 def test_a_dense_mask(seed):
     torch.manual_seed(seed)
     dense = torch.rand(150, 150) < torch.rand(150, 150) ** 4
@@ -93,7 +142,7 @@ def equal(x, y):
 
 
 @pytest.mark.parametrize("at_once", [1 << 28, 80, 40])
-def test_table_is_that_of_the_other_way(at_once, monkeypatch, seed):
+def test_table_is_that_of_the_other_way(at_once, small_chunks, monkeypatch, seed):
     """Also in strips, by columns, and without full blocks."""
     monkeypatch.setattr(launch_block_runs, "AT_ONCE", at_once)
     torch.manual_seed(seed)

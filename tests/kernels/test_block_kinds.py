@@ -43,8 +43,11 @@ def test_kinds(name, target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_runs(target):
     for name, types in (("count_runs", launch_block_runs.COUNT),
+                        ("count_runs", launch_block_runs.COUNT | launch_block_runs.CHUNKED),
                         ("write_runs", launch_block_runs.WRITE),
-                        ("write_runs", launch_block_runs.WRITE_BOUNDED),
+                        ("write_runs", launch_block_runs.WRITE | launch_block_runs.BOUNDED),
+                        ("write_runs", launch_block_runs.WRITE | launch_block_runs.BOUNDED
+                         | launch_block_runs.CHUNKED),
                         ("paint", launch_block_runs.PAINT)):
         assert compiled(launch_block_runs.source(name, types), TARGETS[target]).code
 

@@ -30,7 +30,7 @@ from flexattn.analysis.bounds import (
     unbounded,
 )
 from flexattn.analysis.interval import TileIntervals, Tiles, overall_ranges
-from flexattn.analysis.interval_reads import Reads, Span, aligned_span
+from flexattn.analysis.interval_reads import Reads, Span, aligned_span, coarser
 from flexattn.analysis.runs import EMPTY, FULL, PARTIAL
 from flexattn.analysis.symbols import NoSymbolError, Symbol, lifted
 from flexattn.analysis.undecided import Grid
@@ -193,18 +193,27 @@ def _dependencies(graph: Graph) -> dict[Node, frozenset[str]]:
     return found
 
 
-def line_tables(form: IntervalForm, mod: Mod, grid: Grid, device: torch.device) -> list[Tensor]:
-    """The captured tensors of the form's reads, for the values that the mask captured."""
-    reads, tables = Reads(mod.captures), []
+Tables = dict[LineRead, list[Tensor]]
+
+
+def line_tables(form: IntervalForm, mod: Mod, grid: Grid, device: torch.device,
+                finer: Tables | None = None, factor: int = 1) -> Tables:
+    """The captured tensors of the form's reads, in their order, for the values that the mask
+    captured. finer: those for blocks of as many queries and `factor` times fewer keys, which most
+    tables are made from."""
+    reads, tables = Reads(mod.captures), {}
     for read in form.reads:
+        if finer and read in finer:
+            tables[read] = finer[read] if read.queries else coarser(finer[read], factor)
+            continue
         size, length = ((grid.q_block, grid.q_len) if read.queries
                         else (grid.kv_block, grid.kv_len))
         if read.dim is not None:
             found = list(reads.of_blocks(read.load.attr, read.dim, size, length, size))
         else:
             found = _over_blocks(read, mod, grid, device)
-        tables += [t.to(dtype) for t, dtype in zip(found, _table_dtypes(read.load.dtype),
-                                                   strict=False)]
+        tables[read] = [t.to(dtype) for t, dtype in zip(
+            found, _table_dtypes(read.load.dtype), strict=False)]
     return tables
 
 

@@ -111,7 +111,8 @@ class Reads:
         found = self._consecutive.get(key)
         if found is None:
             if size > base and size % base == 0:
-                found = _coarser(self.of_blocks(slot, dim, base, length, base), size // base)
+                found = Interval(*coarser(self.of_blocks(slot, dim, base, length, base),
+                                          size // base))
             else:
                 found = _consecutive(self.captures[slot], dim, size, length)
             self._consecutive[key] = found
@@ -135,10 +136,14 @@ class Reads:
         return self._whole[slot]
 
 
-def _coarser(fine: Interval, factor: int) -> Interval:
-    lo, hi = (_in_groups(x, factor, -(-x.shape[-1] // factor)) for x in fine[:2])
-    nan = None if fine.nan is None else _in_groups(fine.nan, factor, lo.shape[-2]).any(-1)
-    return Interval(lo.amin(-1), hi.amax(-1), nan)
+def coarser(fine: Sequence[Any], factor: int) -> list[Any]:
+    """Lowest, highest and NaN (or None) of `factor` consecutive ranges together."""
+    def grouped(x: Tensor) -> Tensor:
+        return _in_groups(x, factor, -(-x.shape[-1] // factor))
+
+    lo, hi, *nan = fine
+    return [grouped(lo).amin(-1), grouped(hi).amax(-1),
+            *(x if x is None else grouped(x).any(-1) for x in nan)]
 
 
 def _in_groups(values: Tensor, size: int, count: int) -> Tensor:

@@ -176,6 +176,6 @@ class BlockFacts:
 
     q_block: int
     kv_block: int
-    chunk: int = 1024
+    chunk: int
     part_q: int = 16
     part_kv: int = 128

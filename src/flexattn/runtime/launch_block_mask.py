@@ -11,13 +11,15 @@ analysis.interval_form), and more blocks than are worth looking at one by one.
 from __future__ import annotations
 
 from collections import namedtuple
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexattn.analysis.interval_form import IntervalForm, interval_form, line_tables
+from flexattn.analysis.interval_form import IntervalForm, Tables, interval_form, line_tables
 from flexattn.analysis.runs import FULL, PARTIAL, RunTable
 from flexattn.analysis.symbols import NoSymbolError
 from flexattn.analysis.undecided import Grid
@@ -52,26 +54,30 @@ class _Code:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the kernel of kinds is compiled from; `keep` holds the graph that it was found by."""
+    """What the kernel of kinds is compiled from; `keep` holds the graph that it was found by.
+    forms, tiles, wide: of blocks, and of chunks of a line."""
 
-    form: IntervalForm
+    forms: tuple[IntervalForm, ...]
     tiles: _Code
+    wide: _Code
     mod: _Code
     facts: BlockFacts
     keep: Graph
 
     @property
     def key(self) -> str:
-        return repr(("block kinds", self.tiles, self.mod, self.facts))
+        return repr(("block kinds", self.wide, self.tiles, self.mod, self.facts))
 
     def source(self) -> Source:
         from flexattn.kernels.block_kinds import block_kinds
 
         return Source(block_kinds, {
-            "found": "*i8", "sizes": ("i32",) * 7, "tile_args": self.tiles.argument_type(),
-            "args": self.mod.argument_type(), "TILES": "constexpr", "MODS": "constexpr",
-            "F": "constexpr"}, {"TILES": load(self.tiles.text), "MODS": load(self.mod.text),
-                                "F": self.facts},
+            "found": "*i8", "chunks": "*i8", "sizes": ("i32",) * 7,
+            "wide_args": self.wide.argument_type(), "tile_args": self.tiles.argument_type(),
+            "args": self.mod.argument_type(), "WIDE": "constexpr", "TILES": "constexpr",
+            "MODS": "constexpr", "F": "constexpr"},
+            {"WIDE": load(self.wide.text), "TILES": load(self.tiles.text),
+             "MODS": load(self.mod.text), "F": self.facts},
             options={"num_warps": 4, "enable_fp_fusion": False})  # as torch rounds
 
 
@@ -121,8 +127,7 @@ def _planned(mod: Mod, grid: Grid, device: torch.device) -> _Plan:
     bound = bound_of(grid.batch, grid.heads, grid.q_len, grid.kv_len)
     lengths = {"b": grid.batch, "h": grid.heads, "q_idx": grid.q_len, "kv_idx": grid.kv_len}
     known = _signed(mod_facts(mod.graph, mod.captures, mod.numbers, lengths), mod)
-    form = interval_form(mod.graph, bound, known.numbers, grid.q_block, grid.kv_block)
-    tiled = _tile_mod(form, mod, grid, device)
+    facts = BlockFacts(grid.q_block, grid.kv_block, launch_block_runs.CHUNK)
     backend = "interpreter" if INTERPRETED else target(device.index).backend
 
     def code(graph: Graph, facts: ModFacts) -> _Code:
@@ -130,9 +135,12 @@ def _planned(mod: Mod, grid: Grid, device: torch.device) -> _Plan:
         return _Code(lower(None, graph, every), argument_fields(None, graph),
                      argument_types(None, graph, every))
 
-    tile_facts = _signed(mod_facts(form.graph, tiled.captures, tiled.numbers, lengths), tiled)
-    return _Plan(form, code(form.graph, tile_facts), code(mod.graph, known),
-                 BlockFacts(grid.q_block, grid.kv_block), mod.graph)
+    forms = tuple(interval_form(mod.graph, bound, known.numbers, grid.q_block, kv_block)
+                  for kv_block in (grid.kv_block, grid.kv_block * facts.chunk))
+    tiled = _tile_mods(forms, mod, grid, facts.chunk, device)
+    tiles, wide = (code(m.graph, _signed(mod_facts(m.graph, m.captures, m.numbers, lengths), m))
+                   for m in tiled)
+    return _Plan(forms, tiles, wide, code(mod.graph, known), facts, mod.graph)
 
 
 def _signed(facts: ModFacts, mod: Mod) -> ModFacts:
@@ -142,10 +150,17 @@ def _signed(facts: ModFacts, mod: Mod) -> ModFacts:
     return facts._replace(numbers=tuple(ranges))
 
 
-def _tile_mod(form: IntervalForm, mod: Mod, grid: Grid, device: torch.device) -> Mod:
-    """The interval form with its values."""
-    return Mod(form.graph, (*mod.captures, *line_tables(form, mod, grid, device)),
-               (*mod.numbers, grid.q_len - 1, grid.kv_len - 1))
+def _tile_mods(forms: Sequence[IntervalForm], mod: Mod, grid: Grid, chunk: int,
+               device: torch.device) -> list[Mod]:
+    """The interval forms with their values."""
+    tables: Tables = {}
+    found = []
+    for form, of in zip(forms, (grid, replace(grid, kv_block=grid.kv_block * chunk)),
+                        strict=True):
+        tables = line_tables(form, mod, of, device, tables, chunk)
+        captures = (*mod.captures, *chain.from_iterable(tables.values()))
+        found.append(Mod(form.graph, captures, (*mod.numbers, grid.q_len - 1, grid.kv_len - 1)))
+    return found
 
 
 # Launches
@@ -157,7 +172,7 @@ class _Solution:
     def __init__(self, plan: _Plan, mod: Mod, grid: Grid, device: torch.device, separate: bool
                  ) -> None:
         self.plan, self.mod, self.grid, self.device = plan, mod, grid, device
-        self.tiled = _tile_mod(plan.form, mod, grid, device)
+        self.tiled, self.wide = _tile_mods(plan.forms, mod, grid, plan.facts.chunk, device)
         self.most = FULL if separate else PARTIAL
 
     def table(self, max_runs: int | None) -> RunTable:
@@ -165,13 +180,15 @@ class _Solution:
         layout = Layout(grid.columns, grid.rows, grid.columns, 1, grid.images,
                         (grid.q_block, grid.kv_block))
         step = max(launch_block_runs.AT_ONCE // grid.columns, 1)
-        return table_of(layout, grid.batch, step, self._kinds, self.device, max_runs)
+        return table_of(layout, grid.batch, step, self._kinds, self.device, max_runs,
+                        chunked=True)
 
-    def _kinds(self, found: Tensor, first: int, lines: int) -> None:
+    def _kinds(self, kinds: list[Tensor], first: int, lines: int) -> None:
         plan, grid = self.plan, self.grid
-        values = [found, grid.heads, grid.rows, grid.columns, first, grid.q_len - 1,
+        found, chunks = kinds
+        values = [found, chunks, grid.heads, grid.rows, grid.columns, first, grid.q_len - 1,
                   grid.kv_len - 1, self.most]
-        for mod in (self.tiled, self.mod):
+        for mod in (self.wide, self.tiled, self.mod):
             values.append(found)  # stands for a flag that is never set: all reads are clamped
             for tensor in mod.captures:
                 values += [tensor, *tensor.shape, *tensor.stride()]

@@ -22,16 +22,19 @@ from flexattn.runtime.gpu_launch import Launch, function, on, stream_of
 from flexattn.runtime.gpu_mods import INTERPRETED
 
 AT_ONCE = 1 << 28  # blocks, a byte each
-_CHUNK = 1024
+CHUNK = 1024  # blocks of a line that kernels take together
 _LAYOUT = ("i32",) * 4
-COUNT = {"found": "*i8", "counts": "*i32", "layout": _LAYOUT, "first": "i32", "CHUNK": "constexpr"}
-WRITE = {"found": "*i8", "offsets": "*i32", "start": "*i32", "end": "*i32", "full": "*i8",
-         "bounded": "constexpr", "report": "constexpr", "layout": _LAYOUT, "first": "i32",
-         "lines": "i32", "room": "i32", "CHUNK": "constexpr"}
-WRITE_BOUNDED = WRITE | {"bounded": "*i32", "report": "*i32"}
+COUNT = {"found": "*i8", "chunks": "constexpr", "counts": "*i32", "layout": _LAYOUT,
+         "first": "i32", "CHUNK": "constexpr"}
+WRITE = {"found": "*i8", "chunks": "constexpr", "offsets": "*i32", "start": "*i32", "end": "*i32",
+         "full": "*i8", "bounded": "constexpr", "report": "constexpr", "layout": _LAYOUT,
+         "first": "i32", "lines": "i32", "room": "i32", "CHUNK": "constexpr"}
+CHUNKED = {"chunks": "*i8"}
+BOUNDED = {"bounded": "*i32", "report": "*i32"}
 PAINT = {"found": "*i8", "offsets": "*i32", "start": "*i32", "end": "*i32", "full": "*i8",
          "columns": "i32", "first": "i32", "CHUNK": "constexpr"}
-Fill = Callable[[Tensor, int, int], None]  # kinds of lines first, first + 1, ... first + count - 1
+Fill = Callable[[list[Tensor], int, int], None]
+"""Writes the kinds of lines first, first + 1, ... first + count - 1, and of their chunks."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +59,29 @@ class Layout:
 
 
 def table_of(layout: Layout, batch: int, step: int, fill: Fill, device: torch.device,
-             max_runs: int | None) -> RunTable:
-    """The runs of all lines, `step` lines worked on at once."""
+             max_runs: int | None, chunked: bool = False) -> RunTable:
+    """The runs of all lines, `step` lines worked on at once. chunked: `fill` says of chunks too."""
     def empty(size: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
 
     lines = layout.lines
     strips = [(first, min(step, lines - first)) for first in range(0, lines, step)]
-    found, counts = empty(strips[0][1] * layout.columns, torch.int8), empty(lines + 1)
+    sizes = (layout.columns, -(-layout.columns // CHUNK))[:1 + chunked]
+    kinds, counts = [empty(strips[0][1] * n, torch.int8) for n in sizes], empty(lines + 1)
+    chunks: dict[str, Any] = CHUNKED if chunked else {}
     for first, count in strips:
-        fill(found, first, count)
-        _launch("count_runs", COUNT, count, [found, counts, *layout.places, first])
+        fill(kinds, first, count)
+        _launch("count_runs", COUNT | chunks, count, [*kinds, counts, *layout.places, first])
     offsets = counts.cumsum(0, dtype=torch.int32)
     room = int(offsets[-1]) if max_runs is None else max_runs
     start, end, full = empty(room), empty(room), empty(room, torch.bool)
     bounded = [] if max_runs is None else [empty(lines + 1), gpu_mods.room_report(device)]
+    types = WRITE | chunks | (BOUNDED if bounded else {})
     for first, count in strips:
         if len(strips) > 1:
-            fill(found, first, count)
-        _launch("write_runs", WRITE_BOUNDED if bounded else WRITE, count,
-                [found, offsets, start, end, full, *bounded, *layout.places, first, lines, room])
+            fill(kinds, first, count)
+        _launch("write_runs", types, count,
+                [*kinds, offsets, start, end, full, *bounded, *layout.places, first, lines, room])
     return RunTable(bounded[0] if bounded else offsets, start, end, full, batch,
                     layout.images // batch, layout.rows, *layout.sizes,
                     offsets[-1:] if bounded else None)
@@ -89,7 +95,8 @@ def turned(table: RunTable, columns: int, max_runs: int | None = None) -> RunTab
     if max_runs is None and not compiled(_key("paint", PAINT), device):
         return "its kernels are compiled with the next table"
 
-    def fill(found: Tensor, first: int, count: int) -> None:
+    def fill(kinds: list[Tensor], first: int, count: int) -> None:
+        found, = kinds
         found.zero_()
         rows = count // columns * table.num_rows
         _launch("paint", PAINT, rows, [found, table.offsets, table.start, table.end, table.full,
@@ -125,14 +132,14 @@ def _launch(name: str, types: dict[str, Any], programs: int, values: list[Any]) 
 
 
 def _key(name: str, types: dict[str, Any]) -> str:
-    return repr((name, types, _CHUNK))
+    return repr((name, types, CHUNK))
 
 
 def source(name: str, types: dict[str, Any]) -> Source:
     """A kernel that no mask is part of."""
     from flexattn.kernels import block_kinds
 
-    constants = {"CHUNK": _CHUNK, "bounded": None, "report": None}
+    constants = {"CHUNK": CHUNK, "chunks": None, "bounded": None, "report": None}
     return Source(getattr(block_kinds, name), types,
                   {k: v for k, v in constants.items() if types.get(k) == "constexpr"},
                   options={"num_warps": 4})
