@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexattn.runtime import launch_gpu
+from flexattn.runtime import launch_gpu, launch_hopper_backward
 from tests.gpu.pairs import Case, ours, pairwise, weights_of
 from tests.gpu.test_pairs import assert_no_worse
 
@@ -73,9 +73,11 @@ def test_without_a_gradient_of_lse(case: Case, rng, warmed) -> None:
     assert_no_worse(case, grads=True, of_lse=False)
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("case", REPEATED, ids=str)
-def test_every_run_gives_the_same_sums(case: Case, rng, warmed) -> None:
-    """Races would show; other work keeps the GPU busy in between."""
+def test_every_run_gives_the_same_sums(case: Case, early: bool, rng, warmed, monkeypatch) -> None:
+    """Races would show; other work keeps the GPU busy in between. early: launches overlap."""
+    monkeypatch.setattr(launch_hopper_backward, "_EARLY", early)
     inputs, weights, mods = case.inputs(), weights_of(case), case.mods()
     first = ours(case, inputs, weights, mods).tensors
     noise = torch.randn(1024, 1024, device="cuda")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flexattn.kernels.gluon_shim import reinterpret, tma_add, tma_load
 from flexattn.kernels.hopper_pipeline import named_barrier
@@ -277,13 +278,16 @@ def _load_step(inputs, walk, line, block, stage, phase, shared, C: gl.constexpr)
 
 @gluon.jit
 def produce(inputs, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
-    """Loads the keys and values and, when the tables are read, tile after tile of queries."""
+    """Loads the keys and values and, when the tables are read, tile after tile of queries, as soon
+    as the kernel before this one has written statistics. The one after it may start, and wait."""
+    gdc_launch_dependents()
     place = keys_of(sizes, C)
     _load_keys(inputs.k, place, shared.kv_full.index(0), shared.k, C)
     _load_keys(inputs.v, place, shared.kv_full.index(1), shared.v, C)
     last = gl.cdiv(sizes.q_len, C.tile_q) - 1
     stage = 0
     phase = 0
+    gdc_wait()
     for sharer in range(sharers(sizes)):
         walk = walk_of(place, sharer, sizes, blocks, C, MODS)
         line = walk.batch * sizes.heads + walk.head
@@ -307,7 +311,9 @@ def produce(inputs, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
 
 @gluon.jit
 def reduce(dq_desc, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
-    """Adds the consumers' shares of dq to global memory, step by step."""
+    """Adds the consumers' shares of dq to global memory, step by step, once the kernel before
+    this one has made it 0."""
+    gdc_wait()
     box: gl.constexpr = dq_desc.block_type.shape
     place = keys_of(sizes, C)
     stage = 0

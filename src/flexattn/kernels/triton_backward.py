@@ -14,6 +14,7 @@ MODS holds the functions that `lower/triton.py` generates; its docstring says ho
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flexattn.kernels.triton_tiles import (
     add_product,
@@ -96,7 +97,10 @@ def prepare(out, d_out, lse, d_lse, statistics, total, sizes, VALUE_DIM: tl.cons
             PADDED_DIM: tl.constexpr, ROWS: tl.constexpr):
     """lse2 = lse * log2(e), +inf for rows without any key and beyond the last one (so that their p
     is 0), and delta = sum(d_out * out) - d_lse. total: None, or the float32 of as many rows and of
-    VALUE_DIM columns in which dq will be summed up, made 0."""
+    VALUE_DIM columns in which dq will be summed up, made 0; for Hopper, whose next kernel may start
+    early and waits for this one."""
+    if total is not None:
+        gdc_launch_dependents()
     heads, q_len, lines = sizes
     tile, line = _tile_and_line(tl.cast(statistics[1], tl.int32) // ROWS)
     b, h = line // heads, line % heads
@@ -121,7 +125,9 @@ def prepare(out, d_out, lse, d_lse, statistics, total, sizes, VALUE_DIM: tl.cons
 
 @triton.jit
 def round_query_gradient(total, dq_out, sizes, scale, DIM: tl.constexpr, ROWS: tl.constexpr):
-    """dq = scale * total, which is float32 [line, length, DIM] with length >= q_len."""
+    """dq = scale * total, which is float32 [line, length, DIM] with length >= q_len. For Hopper: it
+    may be launched early, while `total` is added up."""
+    gdc_wait()
     heads, q_len, length = sizes
     tile, line = _tile_and_line(length // ROWS)
     first = tile * ROWS

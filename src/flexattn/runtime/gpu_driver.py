@@ -22,6 +22,8 @@ from flexattn.compile_triton import Binary, Target
 
 # Of a launch, as the driver takes it: grid, block, bytes of shared memory; stream; attributes.
 _CONFIG = struct.Struct("<7I4xQQI4x")
+# An attribute of a launch, of 72 bytes: its number (programmatic stream serialization) and 1.
+_PROGRAMMATIC = ctypes.create_string_buffer(struct.pack("<I4xI60x", 6, 1), 72)
 _SHARED_WITHOUT_ASKING = 48 * 1024
 _LOCAL_BYTES, _REGISTERS = 3, 4  # attributes of a function
 _MAX_DYNAMIC_SHARED, _CARVEOUT = 8, 9  # the latter: percent of what it shares with the cache
@@ -153,12 +155,16 @@ class Function:
         cache's room."""
         self._set(_CARVEOUT, 100)
 
-    def launch(self, grid: tuple[int, int, int], values: Sequence[Any], stream: int) -> None:
-        """values: one for each parameter; pointers as integers."""
+    def launch(self, grid: tuple[int, int, int], values: Sequence[Any], stream: int,
+               early: bool = False) -> None:
+        """values: one for each parameter; pointers as integers. early: programs may start while the
+        stream's last kernel still runs, for which they wait themselves (CUDA's programmatic
+        dependent launch)."""
+        attributes = (ctypes.addressof(_PROGRAMMATIC), 1) if early else (0, 0)
         with self._lock:  # the driver copies the block before it returns
             self._struct.pack_into(self._block, 0, *values)
             _CONFIG.pack_into(self._config, 0, *grid, self.binary.threads, 1, 1,
-                              self.binary.shared, stream, 0, 0)
+                              self.binary.shared, stream, *attributes)
             code = self._driver.launch(self._config, self._handle, self._values, None)
         if code:
             self._check(code, "launching")

@@ -122,11 +122,12 @@ class Kernel:
 
 class Launch:
     """One kernel's launch. values: those of its parameters, in order, with tensors where it takes
-    pointers and boxes where it takes descriptors; a call gives tensors in the same order."""
+    pointers and boxes where it takes descriptors; a call gives tensors in the same order. early:
+    see Function.launch."""
 
     def __init__(self, function: Function | None, build: Callable[[], Source], grid: Grid,
-                 values: Sequence[Any]) -> None:
-        self._function, self._build, self._grid = function, build, grid
+                 values: Sequence[Any], early: bool = False) -> None:
+        self._function, self._build, self._grid, self._early = function, build, grid, early
         self._slots = [i for i, v in enumerate(values) if isinstance(v, Tensor | Box)]
         self._values = [0 if isinstance(v, Tensor | Box) else v for v in values]
         self._maps = {i: v.map() for i, v in enumerate(values) if isinstance(v, Box)}
@@ -152,7 +153,7 @@ class Launch:
                 values[slot] = tensor.data_ptr()
             for slot, made in self._maps.items():
                 values[slot] = made.at(values[slot])
-            self._function.launch(self._grid, values, stream)
+            self._function.launch(self._grid, values, stream, self._early)
 
 
 _functions: dict[tuple[int, int], Function] = {}

@@ -44,6 +44,7 @@ _CONSUMER_ROWS = 64
 _ROUND_ROWS = 32
 _MOST_SPILLED = 256  # bytes of local memory a thread: mostly outside of the loops
 _TOO_MANY_SPILLED = 512  # Triton's kernels are faster
+_EARLY = False  # launch each kernel before the last one has ended: not measured yet
 
 
 def prepare(call: Call, result: Result, d_out: Tensor,
@@ -209,10 +210,10 @@ class _Backward:
                   (*_round_source(call), _ROUND_ROWS, self._round_values(call, memory)))
         self._prepare, self._round = (
             Launch(function(repr(key), device, build), build,
-                   (self.length // rows * self.lines, 1, 1), values)
-            for key, build, rows, values in around)
+                   (self.length // rows * self.lines, 1, 1), values, early)
+            for (key, build, rows, values), early in zip(around, (False, _EARLY), strict=True))
         self._main = Launch(main, plan.source, (tiles * k.shape[0] * k.shape[1], 1, 1),
-                            self._main_values(call, d_out, memory))
+                            self._main_values(call, d_out, memory), _EARLY)
 
     @property
     def launches(self) -> list[Launch]:
