@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flexattn.kernels.hopper_backward_config import backward_configs
 from flexattn.runtime import launch_gpu, launch_hopper_backward
 from tests.gpu.pairs import Case, ours, pairwise, weights_of
 from tests.gpu.test_pairs import assert_no_worse
@@ -73,11 +74,23 @@ def test_without_a_gradient_of_lse(case: Case, rng, warmed) -> None:
     assert_no_worse(case, grads=True, of_lse=False)
 
 
-@pytest.mark.parametrize("early", [False, True])
+@pytest.fixture(params=["plain", "early", "resident"])
+def way(request, monkeypatch) -> None:
+    """early: launches overlap. resident: CTAs take tile after tile."""
+    monkeypatch.setattr(launch_hopper_backward, "_EARLY", request.param == "early")
+    if request.param == "resident":
+        monkeypatch.setattr(launch_hopper_backward, "backward_configs", lambda *sizes: tuple(
+            replace(config, resident=True) for config in backward_configs(*sizes)))
+
+
+@pytest.mark.parametrize("case", [*MANY_OPS, *cases()[::4]], ids=str)
+def test_each_way_is_no_worse_than_eager(case: Case, rng, way) -> None:
+    assert_no_worse(case, grads=True)
+
+
 @pytest.mark.parametrize("case", REPEATED, ids=str)
-def test_every_run_gives_the_same_sums(case: Case, early: bool, rng, warmed, monkeypatch) -> None:
-    """Races would show; other work keeps the GPU busy in between. early: launches overlap."""
-    monkeypatch.setattr(launch_hopper_backward, "_EARLY", early)
+def test_every_run_gives_the_same_sums(case: Case, rng, way) -> None:
+    """Races would show; other work keeps the GPU busy in between."""
     inputs, weights, mods = case.inputs(), weights_of(case), case.mods()
     first = ours(case, inputs, weights, mods).tensors
     noise = torch.randn(1024, 1024, device="cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,19 +38,23 @@ CASES = {  # score mod, mask mod, head_dim, dtype, number of the config
 }
 
 
-def plan_of(case: str) -> HopperBackwardPlan:
+RESIDENT = ("plain 128", "causal 64", "documents 64", "documents 128")
+
+
+def plan_of(case: str, resident: bool = False) -> HopperBackwardPlan:
     score_mod, mask_mod, head_dim, dtype, number = CASES[case]
     q = torch.empty(2, 4, 1024, head_dim, dtype=dtype)
     call = Call(q, q, q, 1.0, score_mod and specialize(trace_score_mod(score_mod)),
                 mask_mod and specialize(trace_mask_mod(mask_mod)))
-    config = backward_configs(head_dim, head_dim)[number]
+    config = replace(backward_configs(head_dim, head_dim)[number], resident=resident)
     return HopperBackwardPlan(config, mod_code(call, "cuda", with_gradient=True), dtype,
                               mask_mod is not None)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_machine_code(case, tmp_path):
-    plan = plan_of(case)
+@pytest.mark.parametrize("case, resident", [(case, False) for case in CASES]
+                         + [(case, True) for case in RESIDENT])
+def test_machine_code(case, resident, tmp_path):
+    plan = plan_of(case, resident)
     binary = compiled(plan.source(), Target("cuda", 90, 32))
     assert binary.shared <= 227 << 10
     code = machine_code(binary, tmp_path)

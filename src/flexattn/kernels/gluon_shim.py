@@ -24,7 +24,8 @@ def tma_add(desc: Any, coord: Any, src: Any, _semantic: Any = None) -> None:
 
 
 @builtin
-def reinterpret(memory: Any, shape: Any, layout: Any, _semantic: Any = None) -> Any:
-    """The same bytes of shared memory in another shape."""
+def reinterpret(memory: Any, shape: Any, layout: Any, dtype: Any = None, _semantic: Any = None
+                ) -> Any:
+    """The same bytes of shared memory in another shape, or as another type."""
     method = getattr(memory, "reinterpret", None) or memory._reinterpret
-    return method(memory.dtype, shape, layout, _semantic=_semantic)
+    return method(memory.dtype if dtype is None else dtype, shape, layout, _semantic=_semantic)

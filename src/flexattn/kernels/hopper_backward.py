@@ -32,8 +32,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from flexattn.kernels.gluon_shim import reinterpret, tma_store
 from flexattn.kernels.hopper_backward_pipeline import (
     ROWS,
+    all_tiles,
     allocate,
+    announced,
     await_dq_memory,
+    await_keys,
     end_block,
     first_query,
     hand_over_dq,
@@ -42,6 +45,7 @@ from flexattn.kernels.hopper_backward_pipeline import (
     next_place,
     produce,
     reduce,
+    release_keys,
     release_stage,
     sharers,
     walk_of,
@@ -228,39 +232,94 @@ def _consume(part: gl.constexpr, outputs, shared, sizes, blocks, args, scale, C:
              MODS: gl.constexpr):
     for free in gl.static_range(gl.constexpr(C.stages)):
         release_stage(free)
-    place = keys_of(sizes, C)
-    bounded = (place.tile + 1) * C.tile_kv > sizes.kv_len
-    dk = gl.full([ROWS, C.head_dim], 0.0, gl.float32, _layout(C.head_dim))
-    dv = gl.full([ROWS, C.head_dim], 0.0, gl.float32, _layout(C.head_dim))
-    stage = 0
-    phase = 0
-    parity = 0
-    for sharer in range(sharers(sizes)):
-        walk = walk_of(place, sharer, sizes, blocks, C, MODS)
-        mod = _mod_of(part, place, walk, sizes, args, C, MODS)
-        mbarrier.wait(shared.kv_full.index(0), 0)  # while the tables were read, they came
-        mbarrier.wait(shared.kv_full.index(1), 0)
-        full = gl.where(bounded, 0, walk.full)
-        for _ in range(full):
-            stage, phase, parity, dk, dv = _step(part, False, shared, stage, phase, parity, dk, dv,
+    if C.resident:
+        _consume_all(part, outputs, shared, sizes, blocks, args, scale, C, MODS)
+    else:
+        place = keys_of(gl.program_id(0), sizes, C)
+        dk, dv = _zeros(C)
+        stage = 0
+        phase = 0
+        parity = 0
+        for sharer in range(sharers(sizes)):
+            walk = walk_of(place, sharer, sizes, blocks, C, MODS)
+            mod = _mod_of(part, place, walk, sizes, args, C, MODS)
+            mbarrier.wait(shared.kv_full.index(0), 0)  # while the tables were read, they came
+            mbarrier.wait(shared.kv_full.index(1), 0)
+            stage, phase, parity, dk, dv = _walk(part, shared, stage, phase, parity, dk, dv, walk,
                                                  mod, place, sizes, scale, C, MODS)
-        for _ in range(walk.full + walk.partial - full):
-            stage, phase, parity, dk, dv = _step(part, True, shared, stage, phase, parity, dk, dv,
-                                                 mod, place, sizes, scale, C, MODS)
-    _store(part, outputs.dv, dv, place, shared.v, C)
-    meet()  # the other one's dq has read these keys
-    _store(part, outputs.dk, dk * scale, place, shared.k, C)
-    tma.store_wait(0)
+        _store(part, outputs.dv, dv, place, shared.v, C)
+        meet()  # the other one's dq has read these keys
+        _store(part, outputs.dk, dk * scale, place, shared.k, C)
+        tma.store_wait(0)
 
 
 @gluon.jit
-def hopper_backward(inputs, outputs, sizes, blocks, args, scale, C: gl.constexpr,
+def _zeros(C: gl.constexpr):
+    """dk and dv at first."""
+    return (gl.full([ROWS, C.head_dim], 0.0, gl.float32, _layout(C.head_dim)),
+            gl.full([ROWS, C.head_dim], 0.0, gl.float32, _layout(C.head_dim)))
+
+
+@gluon.jit
+def _walk(part: gl.constexpr, shared, stage, phase, parity, dk, dv, walk, mod, place, sizes, scale,
+          C: gl.constexpr, MODS: gl.constexpr):
+    """All steps of a batch and query head."""
+    bounded = (place.tile + 1) * C.tile_kv > sizes.kv_len
+    full = gl.where(bounded, 0, walk.full)
+    for _ in range(full):
+        stage, phase, parity, dk, dv = _step(part, False, shared, stage, phase, parity, dk, dv,
+                                             mod, place, sizes, scale, C, MODS)
+    for _ in range(walk.full + walk.partial - full):
+        stage, phase, parity, dk, dv = _step(part, True, shared, stage, phase, parity, dk, dv,
+                                             mod, place, sizes, scale, C, MODS)
+    return stage, phase, parity, dk, dv
+
+
+@gluon.jit
+def _consume_all(part: gl.constexpr, outputs, shared, sizes, blocks, args, scale, C: gl.constexpr,
+                 MODS: gl.constexpr):
+    """Tile after tile of keys."""
+    tiles = all_tiles(sizes, C)
+    number = gl.program_id(0)
+    stage = 0
+    phase = 0
+    parity = 0
+    turn = 0
+    release_keys()
+    while number < tiles:
+        place = keys_of(number, sizes, C)
+        dk, dv = _zeros(C)
+        number = await_keys(shared, turn)
+        for sharer in range(sharers(sizes)):
+            walk = announced(shared, place, sharer, sizes, blocks, C, MODS)
+            mod = _mod_of(part, place, walk, sizes, args, C, MODS)
+            stage, phase, parity, dk, dv = _walk(part, shared, stage, phase, parity, dk, dv, walk,
+                                                 mod, place, sizes, scale, C, MODS)
+        release_keys()
+        _hand_over(part, outputs.dv, dv, shared)
+        _hand_over(part, outputs.dk, dk * scale, shared)
+        turn ^= 1
+
+
+@gluon.jit
+def _hand_over(part: gl.constexpr, desc, x, shared):
+    """A consumer's rows of dk or dv, for the reducer to store."""
+    await_dq_memory(part)
+    memory = shared.dq.index(part)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for(x.shape, desc.dtype)
+    reinterpret(memory, x.shape, layout, desc.dtype).store(x.to(desc.dtype))
+    fence_async_shared()
+    hand_over_dq(part)
+
+
+@gluon.jit
+def hopper_backward(inputs, outputs, sizes, blocks, args, counter, scale, C: gl.constexpr,
                     MODS: gl.constexpr):
-    """One CTA for 128 keys of a head; four warps at the start."""
+    """A CTA takes 128 keys of a head at a time; four warps at the start."""
     shared = allocate(inputs, outputs.dq, C)
     gl.warp_specialize([
         (_consume, (0, outputs, shared, sizes, blocks, args, scale, C, MODS)),
         (_consume, (1, outputs, shared, sizes, blocks, args, scale, C, MODS)),
-        (produce, (inputs, shared, sizes, blocks, C, MODS)),
-        (reduce, (outputs.dq, shared, sizes, blocks, C, MODS)),
+        (produce, (inputs, counter, shared, sizes, blocks, C, MODS)),
+        (reduce, (outputs, shared, sizes, blocks, C, MODS)),
     ], [4, 1, 1], [C.consumer_registers, C.producer_registers, C.producer_registers])

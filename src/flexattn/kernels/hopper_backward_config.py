@@ -16,7 +16,8 @@ class HopperBackwardConfig:
     head_dim: columns of q, k, v and the gradient of the output. tile_q: queries of a step. stages:
     tiles of queries in shared memory. halves: how the two consumers share dq of a step, by
     "columns", by "rows", or by "keys": each adds what its own keys contribute. reads_queries: mods
-    read captured tensors for each query.
+    read captured tensors for each query. resident: a CTA takes tile after tile of keys, and stores
+    dk and dv of one while it begins with the next (not measured yet).
     """
 
     head_dim: int
@@ -24,6 +25,7 @@ class HopperBackwardConfig:
     stages: int
     halves: str
     reads_queries: bool = False
+    resident: bool = False
 
     tile_kv = 128  # 64 for each consumer
     entry_registers = 168  # per thread at the start; then producer and reducer give theirs away

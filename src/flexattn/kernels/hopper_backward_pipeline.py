@@ -5,7 +5,9 @@ a CTA and tile after tile of queries in shared memory; dq, added up in global me
 
 Who waits for whom: data arrives on mbarriers (`*_full`). Everything else goes by the hardware's
 named barriers: the consumers give back a stage, each hands its share of dq to the reducer and gets
-the memory back, and in the middle of a step the two meet.
+the memory back, and in the middle of a step the two meet. Where a CTA takes tile after tile of keys
+(C.resident), consumers and reducer give back the keys and values, and dv and dk go through the
+reducer as dq does, while the next tile is under way.
 """
 
 from typing import NamedTuple
@@ -15,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from flexattn.kernels.gluon_shim import reinterpret, tma_add, tma_load
+from flexattn.kernels.gluon_shim import reinterpret, tma_add, tma_load, tma_store
 from flexattn.kernels.hopper_pipeline import named_barrier
 from flexattn.kernels.triton_tiles import ends_ragged, first_block, next_block
 
@@ -56,7 +58,9 @@ class Shared(NamedTuple):
     """Shared memory. k and v: 64 rows of each consumer. q, d_out, statistics: a tile a stage.
     ds: of each consumer, twice; dq: each one's share. step: of each of twice as many steps as
     there are stages, the line (batch and head) and the first query, for the reducer and the mods.
-    never: two mbarriers that nobody uses, see `end_block`."""
+    tile: if C.resident, of a tile of keys: the number of the one after it, and how many full and
+    partial blocks the first head's walk has. never: two mbarriers that nobody
+    uses, see `end_block`."""
 
     q: object
     k: object
@@ -66,6 +70,7 @@ class Shared(NamedTuple):
     ds: object
     dq: object
     step: object
+    tile: object
     kv_full: object
     q_full: object
     d_out_full: object
@@ -100,6 +105,7 @@ _DQ_FULL = gl.constexpr(5)  # and 6: one per consumer
 _DQ_EMPTY = gl.constexpr(7)  # and 15
 _MEET = gl.constexpr(8)
 _STAGE_EMPTY = gl.constexpr(9)  # .. 11: one per stage
+_KEYS_EMPTY = gl.constexpr(12)
 
 
 @gluon.jit
@@ -111,6 +117,12 @@ def meet():
 @gluon.jit
 def release_stage(stage):
     named_barrier("arrive", _STAGE_EMPTY + stage, 256 + 32)
+
+
+@gluon.jit
+def release_keys():
+    """By consumers and reducer: they have used the keys and values, and `tile`."""
+    named_barrier("arrive", _KEYS_EMPTY, 256 + 64)
 
 
 @gluon.jit
@@ -150,6 +162,7 @@ def allocate(inputs, dq_desc, C: gl.constexpr) -> Shared:
         gl.float32, [2, ROWS, 64],
         gl.NVMMASharedLayout.get_default_for([ROWS, 64], gl.float32))
     step = gl.allocate_shared_memory(gl.int32, [4 * C.stages, 1], words)
+    tile = gl.allocate_shared_memory(gl.int32, [3, 1], words)
     kv_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarriers)
     q_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarriers)
     d_out_full = gl.allocate_shared_memory(gl.int64, [C.stages, 1], mbarriers)
@@ -162,7 +175,8 @@ def allocate(inputs, dq_desc, C: gl.constexpr) -> Shared:
     for stage in gl.static_range(gl.constexpr(C.stages)):
         mbarrier.init(q_full.index(stage), count=1)
         mbarrier.init(d_out_full.index(stage), count=1)
-    return Shared(q, k, v, d_out, statistics, ds, dq, step, kv_full, q_full, d_out_full, never)
+    return Shared(q, k, v, d_out, statistics, ds, dq, step, tile, kv_full, q_full, d_out_full,
+                  never)
 
 
 @gluon.jit
@@ -176,34 +190,53 @@ def next_place(stage, phase, C: gl.constexpr):
 
 
 @gluon.jit
-def put_step(shared, stage, phase, line, first_q, C: gl.constexpr):
+def _put(memory, value):
     one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    place = 2 * (stage + C.stages * phase)
-    shared.step.index(place).store(gl.full([1], line, gl.int32, one))
-    shared.step.index(place + 1).store(gl.full([1], first_q, gl.int32, one))
+    memory.store(gl.full([1], value, gl.int32, one))
 
 
 @gluon.jit
-def _step(shared, stage, phase, which: gl.constexpr, C: gl.constexpr):
+def _get(memory):
     one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return memory.load(one).item()
+
+
+@gluon.jit
+def put_step(shared, stage, phase, line, first_q, C: gl.constexpr):
     place = 2 * (stage + C.stages * phase)
-    return shared.step.index(place + which).load(one).item()
+    _put(shared.step.index(place), line)
+    _put(shared.step.index(place + 1), first_q)
 
 
 @gluon.jit
 def first_query(shared, stage, phase, C: gl.constexpr):
     """Of a step."""
-    return _step(shared, stage, phase, 1, C)
+    return _get(shared.step.index(2 * (stage + C.stages * phase) + 1))
+
+
+@gluon.jit
+def await_keys(shared, turn):
+    """The keys and values of a tile have come. Gives the number of the tile after it."""
+    mbarrier.wait(shared.kv_full.index(0), turn)
+    mbarrier.wait(shared.kv_full.index(1), turn)
+    return _get(shared.tile.index(0))
 
 
 # The walk
 
 
 @gluon.jit
-def keys_of(sizes, C: gl.constexpr) -> Place:
+def all_tiles(sizes, C: gl.constexpr):
+    """Tiles of keys of all heads and batches."""
+    return gl.cdiv(sizes.kv_len, C.tile_kv) * sizes.kv_heads * sizes.kv_batches
+
+
+@gluon.jit
+def keys_of(number, sizes, C: gl.constexpr) -> Place:
+    """The number-th tile of keys."""
     tiles = gl.cdiv(sizes.kv_len, C.tile_kv)
-    line = gl.program_id(0) // tiles
-    return Place(line // sizes.kv_heads, line % sizes.kv_heads, gl.program_id(0) % tiles)
+    line = number // tiles
+    return Place(line // sizes.kv_heads, line % sizes.kv_heads, number % tiles)
 
 
 @gluon.jit
@@ -239,6 +272,19 @@ def walk_of(place, sharer, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr) -
     if MODS.score_mod is None:  # statistics beyond the end make probabilities 0
         ragged = ragged * 0
     return Walk(batch, head, row, full - ragged, partial + ragged)
+
+
+@gluon.jit
+def announced(shared, place, sharer, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr) -> Walk:
+    """A walk, the first of which the producer has looked up."""
+    full = _get(shared.tile.index(1))
+    partial = _get(shared.tile.index(2))
+    walk = walk_of(place, sharer, sizes, None, C, MODS)
+    if blocks is not None and sharer > 0:
+        found = walk_of(place, sharer, sizes, blocks, C, MODS)
+        full = found.full
+        partial = found.partial
+    return Walk(walk.batch, walk.head, walk.row, full, partial)
 
 
 # The producer, one warp
@@ -277,49 +323,142 @@ def _load_step(inputs, walk, line, block, stage, phase, shared, C: gl.constexpr)
 
 
 @gluon.jit
-def produce(inputs, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
-    """Loads the keys and values and, when the tables are read, tile after tile of queries, as soon
-    as the kernel before this one has written statistics. The one after it may start, and wait."""
-    gdc_launch_dependents()
-    place = keys_of(sizes, C)
-    _load_keys(inputs.k, place, shared.kv_full.index(0), shared.k, C)
-    _load_keys(inputs.v, place, shared.kv_full.index(1), shared.v, C)
+def _first_blocks(place, sharer, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
+    """A walk, and where its full and its partial blocks begin."""
+    walk = walk_of(place, sharer, sizes, blocks, C, MODS)
+    fully = ()
+    partly = ()
+    if blocks is not None:
+        last = gl.cdiv(sizes.q_len, C.tile_q) - 1
+        fully = first_block(blocks.full, walk.row, last)[1:]
+        partly = first_block(blocks.partial, walk.row, last)[1:]
+    return walk, fully, partly
+
+
+@gluon.jit
+def _load_steps(inputs, walk, fully, partly, stage, phase, shared, sizes, blocks,
+                C: gl.constexpr):
+    """The tiles of queries of one walk."""
     last = gl.cdiv(sizes.q_len, C.tile_q) - 1
+    line = walk.batch * sizes.heads + walk.head
+    if blocks is None:
+        for block in range(walk.full + walk.partial):
+            stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
+    else:
+        run, runs, block, stop = fully
+        for _ in range(walk.full):
+            stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
+            run, block, stop = next_block(blocks.full, run, runs, block, stop, last)
+        run, runs, block, stop = partly
+        for _ in range(walk.partial):
+            stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
+            run, block, stop = next_block(blocks.partial, run, runs, block, stop, last)
+    return stage, phase
+
+
+@gluon.jit
+def produce(inputs, counter, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
+    """Loads the keys and values and, when the tables are read, tile after tile of queries, as soon
+    as the kernel before this one has written statistics. The one after it may start, and wait.
+    counter: tiles taken beyond the first of each CTA, if C.resident."""
+    gdc_launch_dependents()
+    if C.resident:
+        _produce_all(inputs, counter, shared, sizes, blocks, C, MODS)
+    else:
+        place = keys_of(gl.program_id(0), sizes, C)
+        _load_keys(inputs.k, place, shared.kv_full.index(0), shared.k, C)
+        _load_keys(inputs.v, place, shared.kv_full.index(1), shared.v, C)
+        stage = 0
+        phase = 0
+        gdc_wait()
+        for sharer in range(sharers(sizes)):
+            walk, fully, partly = _first_blocks(place, sharer, sizes, blocks, C, MODS)
+            stage, phase = _load_steps(inputs, walk, fully, partly, stage, phase, shared, sizes,
+                                       blocks, C)
+
+
+@gluon.jit
+def _produce_all(inputs, counter, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
+    tiles = all_tiles(sizes, C)
+    number = gl.program_id(0)
     stage = 0
     phase = 0
     gdc_wait()
-    for sharer in range(sharers(sizes)):
-        walk = walk_of(place, sharer, sizes, blocks, C, MODS)
-        line = walk.batch * sizes.heads + walk.head
-        if blocks is None:
-            for block in range(walk.full + walk.partial):
-                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
-        else:
-            _, run, runs, block, stop = first_block(blocks.full, walk.row, last)
-            partly = first_block(blocks.partial, walk.row, last)
-            for _ in range(walk.full):
-                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
-                run, block, stop = next_block(blocks.full, run, runs, block, stop, last)
-            _, run, runs, block, stop = partly
-            for _ in range(walk.partial):
-                stage, phase = _load_step(inputs, walk, line, block, stage, phase, shared, C)
-                run, block, stop = next_block(blocks.partial, run, runs, block, stop, last)
+    while number < tiles:
+        place = keys_of(number, sizes, C)
+        number = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        # Read while the consumers are still busy with the tile before.
+        walk, fully, partly = _first_blocks(place, 0, sizes, blocks, C, MODS)
+        named_barrier("sync", _KEYS_EMPTY, 256 + 64)
+        _put(shared.tile.index(0), number)
+        _put(shared.tile.index(1), walk.full)
+        _put(shared.tile.index(2), walk.partial)
+        _load_keys(inputs.k, place, shared.kv_full.index(0), shared.k, C)
+        _load_keys(inputs.v, place, shared.kv_full.index(1), shared.v, C)
+        stage, phase = _load_steps(inputs, walk, fully, partly, stage, phase, shared, sizes,
+                                   blocks, C)
+        for sharer in range(1, sharers(sizes)):
+            walk, fully, partly = _first_blocks(place, sharer, sizes, blocks, C, MODS)
+            stage, phase = _load_steps(inputs, walk, fully, partly, stage, phase, shared, sizes,
+                                       blocks, C)
 
 
 # The reducer, one warp
 
 
 @gluon.jit
-def reduce(dq_desc, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
-    """Adds the consumers' shares of dq to global memory, step by step, once the kernel before
-    this one has made it 0."""
+def reduce(outputs, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
+    """Adds the consumers' shares of dq to global memory, once the kernel before this one has made
+    it 0."""
     gdc_wait()
-    box: gl.constexpr = dq_desc.block_type.shape
-    place = keys_of(sizes, C)
+    for part in gl.static_range(2):
+        _release_dq_memory(part)
+    if C.resident:
+        _reduce_all(outputs, shared, sizes, blocks, C, MODS)
+    else:
+        place = keys_of(gl.program_id(0), sizes, C)
+        stage = 0
+        phase = 0
+        _add_steps(outputs.dq, place, stage, phase, shared, sizes, blocks, C, MODS)
+
+
+@gluon.jit
+def _reduce_all(outputs, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
+    tiles = all_tiles(sizes, C)
+    number = gl.program_id(0)
     stage = 0
     phase = 0
-    named_barrier("arrive", _DQ_EMPTY, 128 + 32)
-    named_barrier("arrive", _DQ_EMPTY + 8, 128 + 32)
+    turn = 0
+    release_keys()
+    while number < tiles:
+        place = keys_of(number, sizes, C)
+        number = await_keys(shared, turn)
+        release_keys()
+        stage, phase = _add_steps(outputs.dq, place, stage, phase, shared, sizes, blocks, C, MODS)
+        _store_keys(outputs.dv, place, shared, C)
+        _store_keys(outputs.dk, place, shared, C)
+        turn ^= 1
+
+
+@gluon.jit
+def _release_dq_memory(part: gl.constexpr):
+    named_barrier("arrive", _DQ_EMPTY + 8 * part, 128 + 32)
+
+
+@gluon.jit
+def _release_stored():
+    """What was stored last has been read from both consumers' memory."""
+    tma.store_wait(1)
+    _release_dq_memory(0)
+    tma.store_wait(0)
+    _release_dq_memory(1)
+
+
+@gluon.jit
+def _add_steps(desc, place, stage, phase, shared, sizes, blocks, C: gl.constexpr,
+               MODS: gl.constexpr):
+    """Step by step."""
+    box: gl.constexpr = desc.block_type.shape
     for sharer in range(sharers(sizes)):
         walk = walk_of(place, sharer, sizes, blocks, C, MODS)
         line = walk.batch * sizes.heads + walk.head
@@ -327,10 +466,19 @@ def reduce(dq_desc, shared, sizes, blocks, C: gl.constexpr, MODS: gl.constexpr):
             for part in gl.static_range(2):
                 named_barrier("sync", _DQ_FULL + part, 128 + 32)
                 row = first_query(shared, stage, phase, C) + part * C.row_step
-                tma_add(dq_desc, [0, line, row, part * C.column_step],
-                        reinterpret(shared.dq.index(part), box, dq_desc.layout))
-            tma.store_wait(1)
-            named_barrier("arrive", _DQ_EMPTY, 128 + 32)
-            tma.store_wait(0)
-            named_barrier("arrive", _DQ_EMPTY + 8, 128 + 32)
+                tma_add(desc, [0, line, row, part * C.column_step],
+                        reinterpret(shared.dq.index(part), box, desc.layout))
+            _release_stored()
             stage, phase = next_place(stage, phase, C)
+    return stage, phase
+
+
+@gluon.jit
+def _store_keys(desc, place, shared, C: gl.constexpr):
+    """dk or dv of a tile."""
+    for part in gl.static_range(2):
+        named_barrier("sync", _DQ_FULL + part, 128 + 32)
+        tma_store(desc, [place.batch, place.head, place.tile * C.tile_kv + part * ROWS, 0],
+                  reinterpret(shared.dq.index(part), desc.block_type.shape, desc.layout,
+                              desc.dtype))
+    _release_stored()

@@ -98,9 +98,10 @@ def prepare(out, d_out, lse, d_lse, statistics, total, sizes, VALUE_DIM: tl.cons
     """lse2 = lse * log2(e), +inf for rows without any key and beyond the last one (so that their p
     is 0), and delta = sum(d_out * out) - d_lse. total: None, or the float32 of as many rows and of
     VALUE_DIM columns in which dq will be summed up, made 0; for Hopper, whose next kernel may start
-    early and waits for this one."""
+    early and waits for this one. It finds a 0 behind the statistics."""
     if total is not None:
         gdc_launch_dependents()
+        tl.store(statistics[0] + 2 * sizes[2] * statistics[1], 0.0, mask=tl.program_id(0) == 0)
     heads, q_len, lines = sizes
     tile, line = _tile_and_line(tl.cast(statistics[1], tl.int32) // ROWS)
     b, h = line // heads, line % heads

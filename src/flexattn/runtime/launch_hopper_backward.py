@@ -21,7 +21,7 @@ from flexattn.ir.ops import FLOAT_UNARY, Op
 from flexattn.kernels.hopper_backward_config import HopperBackwardConfig, backward_configs
 from flexattn.lower.separate import ROWS, levels
 from flexattn.runtime.call import Call, Gradients, Result
-from flexattn.runtime.gpu_driver import Function
+from flexattn.runtime.gpu_driver import Function, multiprocessors
 from flexattn.runtime.gpu_launch import (
     TYPES,
     Box,
@@ -173,8 +173,8 @@ class HopperBackwardPlan:
             "outputs": Outputs(of_keys, of_keys, descriptor_type("fp32", _CONSUMER_ROWS, 64)),
             "sizes": Sizes(*["i32"] * 6),
             "blocks": Blocks(TABLE, TABLE, "i32", "i32") if self.sparse else "constexpr",
-            "args": self.code.argument_type(), "scale": "fp32", "C": "constexpr",
-            "MODS": "constexpr"}
+            "args": self.code.argument_type(), "counter": "*i32", "scale": "fp32",
+            "C": "constexpr", "MODS": "constexpr"}
         constants: dict[str, Any] = {
             "C": replace(config, reads_queries=_reads_queries(self.code)),
             "MODS": load(self.code.text)}
@@ -186,9 +186,10 @@ class HopperBackwardPlan:
 
 class _Memory(NamedTuple):
     """Of one backward. statistics: lse2 and delta of all lines (batches and heads), with rows for
-    whole tiles; total: dq in float32, likewise."""
+    whole tiles; counter: behind them; total: dq in float32, with rows for whole tiles."""
 
     statistics: Tensor
+    counter: Tensor
     total: Tensor
     dq: Tensor
     dk: Tensor
@@ -206,13 +207,16 @@ class _Backward:
         memory, device = self._memory(call), q.device
         tiles = -(-k.shape[2] // plan.config.tile_kv)
         around = ((*_prepare_source(call, result, d_out, d_lse), PREPARE_ROWS,
-                   prepare_values(call, result, d_out, d_lse, *memory[:2])),
+                   prepare_values(call, result, d_out, d_lse, memory.statistics, memory.total)),
                   (*_round_source(call), _ROUND_ROWS, self._round_values(call, memory)))
         self._prepare, self._round = (
             Launch(function(repr(key), device, build), build,
                    (self.length // rows * self.lines, 1, 1), values, early)
             for (key, build, rows, values), early in zip(around, (False, _EARLY), strict=True))
-        self._main = Launch(main, plan.source, (tiles * k.shape[0] * k.shape[1], 1, 1),
+        ctas = tiles * k.shape[0] * k.shape[1]
+        if plan.config.resident:
+            ctas = min(ctas, multiprocessors(device.index))
+        self._main = Launch(main, plan.source, (ctas, 1, 1),
                             self._main_values(call, d_out, memory), _EARLY)
 
     @property
@@ -231,7 +235,8 @@ class _Backward:
     def run(self, call: Call, result: Result, d_out: Tensor, d_lse: Tensor | None) -> Gradients:
         with_mods, memory = _with_mods(call), self._memory(call)
         stream = stream_of(call.query)
-        self._prepare.fresh(prepare_values(call, result, d_out, d_lse, *memory[:2]), stream)
+        self._prepare.fresh(prepare_values(call, result, d_out, d_lse, memory.statistics,
+                                           memory.total), stream)
         self._main.fresh(self._main_values(with_mods, d_out, memory), stream)
         self._round.fresh(self._round_values(call, memory), stream)
         captures = call.score.captures if call.score else ()
@@ -239,8 +244,9 @@ class _Backward:
             torch.zeros_like(t) if t.requires_grad else None for t in captures))
 
     def _memory(self, call: Call) -> _Memory:
-        q = call.query
-        return _Memory(q.new_empty(2 * self.lines, self.length, dtype=torch.float32),
+        q, room = call.query, 2 * self.lines * self.length
+        flat = q.new_empty(room + 1, dtype=torch.float32)
+        return _Memory(flat[:room].view(2 * self.lines, self.length), flat[room:],
                        q.new_empty(1, self.lines, self.length, q.shape[3], dtype=torch.float32),
                        torch.empty_like(q), torch.empty_like(call.key),
                        torch.empty_like(call.value))
@@ -261,7 +267,8 @@ class _Backward:
         if call.block_mask is not None:
             found = tables(call.block_mask, config.tile_q, config.tile_kv, by_columns=True)
             values += [*found.tensors, found.batch, found.heads]
-        return [*values, *argument_values(self.plan.code, call.score, call.mask), call.scale]
+        return [*values, *argument_values(self.plan.code, call.score, call.mask), memory.counter,
+                call.scale]
 
     def _round_values(self, call: Call, memory: _Memory) -> list[Any]:
         return [memory.total, memory.dq, *memory.dq.stride()[:3], call.query.shape[1],
