@@ -110,6 +110,7 @@ def compile_object(text: str, target: Host | None = None) -> bytes:
     machine = _machine(target or host())
     module = llvm.parse_assembly(text, llvm.create_context())
     module.triple = machine.triple
+    module.verify()
     return machine.emit_object(module)
 
 

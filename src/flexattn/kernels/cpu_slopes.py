@@ -70,13 +70,16 @@ class Slopes:
 
     def _hoist_columns(self, mod: KernelGradient) -> None:
         """Keep what per_column gives in consecutive arrays."""
-        e, place, size = self.e, self.place, self.frame.column_array_bytes
+        e, place = self.e, self.place
         with e.loop(0, place.width, e.lanes) as loop:
             site = ColumnSite(place.b, place.h, e.add(place.kv_start, loop.index), *self._tables)
-            for i, x in enumerate(mod.per_column(e, site)):
-                array = e.at(self._array("columns"), i * size, "i8")
-                e.store(x, array, loop.index)
-                self.column_arrays.append((array, x.type))
+            values = mod.per_column(e, site)
+            for i, x in enumerate(values):
+                e.store(x, self._column_array(i), loop.index)
+        self.column_arrays = [(self._column_array(i), x.type) for i, x in enumerate(values)]
+
+    def _column_array(self, number: int) -> Value:
+        return self.e.at(self._array("columns"), number * self.frame.column_array_bytes, "i8")
 
     def _one_row(self, row: Value, p: Value, d_p: Value, span: tuple[Value, Value],
                  lse: Value, delta: Value) -> None:

@@ -42,10 +42,10 @@ class Injected:
         e, place = self._e, self._place
         with e.loop(0, place.width, e.lanes) as loop:
             site = ColumnSite(place.b, place.h, e.add(place.kv_start, loop.index), *self._tables)
-            for i, x in enumerate(self._mod.per_column(e, site)):
-                array = e.at(arrays, i * size, "i8")
-                e.store(x, array, loop.index)
-                self._columns.append((array, x.type))
+            values = self._mod.per_column(e, site)
+            for i, x in enumerate(values):
+                e.store(x, e.at(arrays, i * size, "i8"), loop.index)
+        self._columns = [(e.at(arrays, i * size, "i8"), x.type) for i, x in enumerate(values)]
         return len(self._columns)
 
     def hoist_row(self, row: Value) -> Sequence[Value]:
