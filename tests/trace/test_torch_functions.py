@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch.nn import functional
 
+from flexattn.analysis.gradient import gradient
 from flexattn.errors import TraceError
-from flexattn.trace import trace_score_mod
+from flexattn.ir.evaluate import evaluate
+from flexattn.trace import specialize, trace_score_mod
 from flexattn.trace.compositions import COMPOSED
 from flexattn.trace.torch_functions import FUNCTIONS, OPERATORS
 from tests.trace.eager import check, check_or_both_refuse
@@ -219,6 +221,38 @@ def test_gelu_by_tanh_and_bounds_of_activations():
           + functional.softplus(s, 2.0, 5.0) + functional.leaky_relu(s, 0.2), tolerance=1e-12)
 
 
+SPECIAL = torch.tensor([0.0, 1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 21.0, 80.0, -80.0, 89.0, -89.0, 700.0,
+                        -700.0, 1e-20, -1e-20])
+DERIVATIVES = {
+    "sinh": lambda x: torch.sinh(x.clamp(-80, 80)), "cosh": lambda x: torch.cosh(x.clamp(-80, 80)),
+    "asinh": torch.asinh, "sinc": torch.sinc, "logsigmoid": functional.logsigmoid,
+    "softplus": functional.softplus, "softplus 2": lambda x: functional.softplus(x, 2.0, 5.0),
+    "mish": functional.mish, "elu": functional.elu, "elu 2": lambda x: functional.elu(x, 2.0),
+    "celu": lambda x: functional.celu(x, 0.5), "selu": functional.selu, "silu": functional.silu,
+    "gelu": functional.gelu, "hardswish": functional.hardswish,
+    "threshold": lambda x: functional.threshold(x, 1.0, 5.0),
+    "logaddexp": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "logaddexp2": lambda x: torch.logaddexp2(x, torch.ones_like(x)),
+    "xlogy": lambda x: torch.xlogy(x, torch.full_like(x, 2.0)),
+    "fmax": lambda x: torch.fmax(x, torch.ones_like(x)), "fmin": lambda x: torch.fmin(x, x * 2),
+}
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_derivatives_at_0_and_far_out(name):
+    f = DERIVATIVES[name]
+    x = SPECIAL.clone().requires_grad_()
+    wanted = torch.vmap(f)(x)
+    d_wanted, = torch.autograd.grad(wanted.sum(), x)
+    mod = specialize(trace_score_mod(lambda s, b, h, q, k: f(s)))
+    made = gradient(mod.graph)
+    inputs = {"score": SPECIAL, "grad": torch.ones_like(SPECIAL)}
+    found = evaluate(mod.graph, inputs, mod.captures, mod.numbers)["score"]
+    d_found = evaluate(made.graph, inputs, mod.captures, mod.numbers)["d_score"]
+    torch.testing.assert_close(found, wanted.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(d_found.expand_as(x), d_wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_every_name_is_tested():
     """The lists above and FUNCTIONS hold the same names."""
     tested = {*UNARY, *BINARY, *COMPOSED, *OPERATORS}
@@ -226,7 +260,7 @@ def test_every_name_is_tested():
         bfloat16 int
         long short char byte bool to type type_as detach clone contiguous squeeze zeros_like
         ones_like full_like new_zeros new_ones new_full new_tensor positive expit
-        is_floating_point log_sigmoid""")
+        is_floating_point log_sigmoid _threshold""")
     elsewhere += [name for name in FUNCTIONS if name.startswith("special_")]
     assert set(FUNCTIONS) == tested | set(elsewhere)
 

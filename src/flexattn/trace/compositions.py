@@ -2,7 +2,8 @@
 
 In: what torch's function of that name takes, scalars of a mod among it. Out: a traced scalar.
 `COMPOSED` is the list. Results equal torch's to rounding; half precision is computed in float32
-and rounded once, as torch's own kernels do.
+and rounded once, as torch's own kernels do. Derivatives are torch's at 0 and far out, too: a branch
+that `where` does not take has to be finite, or its derivative times 0 is NaN.
 """
 
 from __future__ import annotations
@@ -60,24 +61,27 @@ def tan(input: Any) -> Any:
 
 @_rounded_once
 def sinh(input: Any) -> Any:
-    grown = torch.expm1(torch.abs(input))
-    return torch.sign(input) * (grown + grown / (grown + 1)) * 0.5
+    up, down = torch.expm1(input * 0.5), torch.expm1(input * -0.5)
+    return up * 0.5 * (up + 2) - down * 0.5 * (down + 2)
 
 
 @_rounded_once
 def cosh(input: Any) -> Any:
-    return (torch.exp(input) + torch.exp(-input)) * 0.5
+    up, down = torch.exp(input * 0.5), torch.exp(input * -0.5)
+    return up * 0.5 * up + down * 0.5 * down
 
 
 @_rounded_once
 def asinh(input: Any) -> Any:
-    size = torch.abs(input)
-    return torch.sign(input) * torch.log1p(size + size * size / (1 + torch.sqrt(size * size + 1)))
+    size = torch.where(input < 0, -input, input)  # unlike abs, with a derivative at 0
+    found = torch.log1p(size + size * size / (1 + torch.sqrt(size * size + 1)))
+    return torch.where(input < 0, -found, found)
 
 
 @_rounded_once
 def acosh(input: Any) -> Any:
-    return torch.log(input + torch.sqrt(input * input - 1))
+    found = torch.log(input + torch.sqrt(input * input - 1))
+    return torch.where(input >= 1, found, math.nan).to(found.dtype)
 
 
 @_rounded_once
@@ -97,7 +101,7 @@ def erfc(input: Any) -> Any:
 
 @_rounded_once
 def sinc(input: Any) -> Any:
-    angle = input * math.pi
+    angle = torch.where(input == 0, 1.0, input * math.pi).to(input.dtype)
     return torch.where(input == 0, 1.0, torch.sin(angle) / angle).to(angle.dtype)
 
 
@@ -111,19 +115,21 @@ def logit(input: Any, eps: float | None = None) -> Any:
 def logaddexp(input: Any, other: Any) -> Any:
     same = input == other  # also where both are infinite
     apart = torch.log1p(torch.exp(-torch.abs(input - other)))
-    return torch.where(same, input + math.log(2), torch.max(input, other) + apart)
+    return torch.where(same, input * 0.5 + other * 0.5 + math.log(2),
+                       torch.max(input, other) + apart)
 
 
 @_pair
 def logaddexp2(input: Any, other: Any) -> Any:
     apart = torch.log2(1 + torch.exp2(-torch.abs(input - other)))
-    return torch.where(input == other, input + 1, torch.max(input, other) + apart)
+    return torch.where(input == other, input * 0.5 + other * 0.5 + 1,
+                       torch.max(input, other) + apart)
 
 
 @_pair
 def xlogy(input: Any, other: Any) -> Any:
-    product = input * torch.log(other)
-    return torch.where((input == 0) & (other == other), 0, product).to(product.dtype)
+    limit = (input == 0) & ((other <= 0) | (other == math.inf))
+    return input * torch.log(torch.where(limit, 1.0, other).to(input.dtype))
 
 
 @_pair
@@ -168,13 +174,11 @@ def heaviside(input: Any, values: Any) -> Any:
 
 
 def fmax(input: Any, other: Any) -> Any:
-    return torch.where(input != input, other, torch.where(other != other, input,
-                                                          torch.max(input, other)))
+    return torch.where((input >= other) | (other != other), input, other)
 
 
 def fmin(input: Any, other: Any) -> Any:
-    return torch.where(input != input, other, torch.where(other != other, input,
-                                                          torch.min(input, other)))
+    return torch.where((input <= other) | (other != other), input, other)
 
 
 def nan_to_num(input: Any, nan: float | None = None, posinf: float | None = None,
@@ -248,12 +252,13 @@ def gelu(input: Any, approximate: str = "none") -> Any:
 @_rounded_once
 def softplus(input: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
     scaled = input * beta
-    return torch.where(scaled > threshold, input, torch.log1p(torch.exp(scaled)) / beta)
+    bent = torch.log1p(torch.exp(torch.clamp(scaled, max=threshold))) / beta
+    return torch.where(scaled > threshold, input, bent)
 
 
 @_rounded_once
 def logsigmoid(input: Any) -> Any:
-    return torch.clamp(input, max=0) - torch.log1p(torch.exp(-torch.abs(input)))
+    return torch.min(input, torch.zeros_like(input)) - torch.log1p(torch.exp(-torch.abs(input)))
 
 
 @_rounded_once
@@ -263,12 +268,12 @@ def mish(input: Any, inplace: bool = False) -> Any:
 
 @_rounded_once
 def elu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Any:
-    return torch.where(input > 0, input, alpha * torch.expm1(input))
+    return torch.where(input > 0, input, alpha * torch.expm1(torch.clamp(input, max=0)))
 
 
 @_rounded_once
 def celu(input: Any, alpha: float = 1.0, inplace: bool = False) -> Any:
-    return torch.where(input > 0, input, alpha * torch.expm1(input / alpha))
+    return torch.where(input > 0, input, alpha * torch.expm1(torch.clamp(input, max=0) / alpha))
 
 
 def selu(input: Any, inplace: bool = False) -> Any:
@@ -300,7 +305,8 @@ def hardsigmoid(input: Any, inplace: bool = False) -> Any:
 
 @_rounded_once
 def hardswish(input: Any, inplace: bool = False) -> Any:
-    return input * torch.clamp(input + 3, 0, 6) / 6
+    bent = input * (input + 3) / 6
+    return torch.where(input >= 3, input, torch.where(input <= -3, 0.0, bent)).to(bent.dtype)
 
 
 def hardshrink(input: Any, lambd: float = 0.5) -> Any:

@@ -376,6 +376,7 @@ OPERATORS.update({f"__r{name[2:]}": _reflected(OPERATORS[name]) for name in (
 OPERATORS["__rtruediv__"] = _quotient_of
 FUNCTIONS.update(OPERATORS)
 FUNCTIONS["log_sigmoid"] = FUNCTIONS["logsigmoid"]
+FUNCTIONS["_threshold"] = FUNCTIONS["threshold"]  # F.threshold's name for itself
 FUNCTIONS.update({f"special_{name}": FUNCTIONS[name] for name in (
     "erf", "erfc", "exp2", "expit", "expm1", "log1p", "logit", "round", "sinc", "xlogy")})
 METHODS = {**FUNCTIONS, "where": _where_method}  # the condition comes second
