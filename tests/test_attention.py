@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import flexattn
 from flexattn import (
@@ -17,9 +18,11 @@ from flexattn import (
 from flexattn.errors import (
     ArgumentError,
     ControlFlowError,
+    DerivativeError,
     DtypeError,
     IndexOutOfRangeError,
     ShapeError,
+    UnsupportedOpError,
 )
 from tests.lifetimes import left_alive
 
@@ -157,3 +160,49 @@ def test_negated_views():
     table = torch.randn(20, dtype=torch.complex64).conj().imag
     with pytest.raises(DtypeError, match="resolve_neg"):
         flex_attention(q, k, v, lambda score, b, h, q_idx, kv_idx: score + table[kv_idx])
+
+
+def test_a_mod_that_switches_gradients_off():
+    """Its gradients would be wrong; a mask has none, and without gradients all is well."""
+    weights, q = torch.rand(20, requires_grad=True), torch.randn(1, 1, 20, 16)
+
+    def mod(s, b, h, q_idx, kv_idx):
+        with torch.no_grad():
+            return s * weights[kv_idx]
+
+    with pytest.raises(UnsupportedOpError, match="gradients off"):
+        flex_attention(q, q, q, mod)
+    with torch.no_grad():
+        flex_attention(q, q, q, lambda s, b, h, q_idx, kv_idx: s * weights[kv_idx])
+
+
+def test_forward_mode_is_refused():
+    q = torch.randn(1, 1, 20, 16)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        with pytest.raises(DerivativeError, match="forward-mode"):
+            flex_attention(q, dual, q)
+        flex_attention(q, q, q)
+
+
+def test_an_empty_captured_tensor():
+    nothing, q = torch.zeros(0), torch.randn(1, 1, 20, 16)
+    with pytest.raises(IndexOutOfRangeError, match="shape .0,."):
+        flex_attention(q, q, q, lambda s, b, h, q_idx, kv_idx: s + nothing[kv_idx])
+
+
+def test_many_trained_captures():
+    """LLVM once aborted the process."""
+    weights = [torch.randn(20, requires_grad=True) for _ in range(40)]
+    q = torch.randn(1, 1, 20, 16)
+
+    def mod(s, b, h, q_idx, kv_idx):
+        for w in weights:
+            s = s + w[q_idx] * w[kv_idx]
+        return s
+
+    d_out = torch.randn_like(q)
+    found = torch.autograd.grad(flex_attention(q, q, q, mod), weights, d_out)
+    wanted = torch.autograd.grad(reference.attention(q, q, q, mod)[0], weights, d_out)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)

@@ -249,6 +249,13 @@ def _check_mask(mask: Any, query: Tensor, key: Tensor) -> None:
         raise ShapeError(message("block_mask was made for other lengths.",
                                  expected=f"q_len, kv_len = {lengths}", got=str(given[2:]),
                                  remedy="create_block_mask with these lengths"))
+    if isinstance(mask, BlockMask) and not torch.compiler.is_compiling():  # no guards for it
+        covered = mask.table.num_rows * mask.table.row_block
+        if covered < q_len:
+            raise ShapeError(message(
+                "block_mask has too few rows of blocks for its seq_lengths.", got=str(q_len),
+                expected=f"at most {covered} queries",
+                remedy="block_mask.adjust(q_len, kv_len) instead of assigning"))
     for size, n, name in ((given[0], batch, "batch"), (given[1], heads, "heads")):
         if size not in (1, n):
             raise ShapeError(message(f"block_mask was made for another {name} size.",

@@ -2,12 +2,14 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.attention import flex_attention as torch_flex
 
-from flexattn import masks
+from flexattn import BlockMask, flex_attention, masks
 from flexattn.block_mask import create_block_mask, create_mask
-from flexattn.errors import ArgumentError, DtypeError
+from flexattn.errors import ArgumentError, DtypeError, ShapeError
 
 documents = torch.randint(0, 4, (2, 300)).sort(-1).values
 MASKS = {
@@ -77,3 +79,33 @@ def test_errors():
         create_block_mask(masks.causal, 1, 1, -1, 10)
     with pytest.raises(DtypeError, match="bool"):
         create_block_mask(lambda b, h, q, k: q - k, 1, 1, 10, 10)
+    with pytest.raises(ArgumentError, match="BLOCK_SIZE"):
+        create_block_mask(masks.causal, 1, 1, 10, 10, BLOCK_SIZE=64.0)
+    with pytest.raises(ArgumentError, match="no such option"):
+        create_block_mask(masks.causal, 1, 1, 10, 10, block_size=32)
+    with pytest.raises(ArgumentError, match="Q_LEN"):
+        create_mask(masks.causal, 1, 1, -1, 10)
+
+
+def test_sizes_of_numpy_and_tensors():
+    mask = create_block_mask(masks.causal, None, None, np.int64(300), torch.tensor(300),
+                             BLOCK_SIZE=np.int64(32), compute_dq_write_order=False)
+    assert mask.shape == (1, 1, 300, 300) and mask.BLOCK_SIZE == (32, 32)
+    assert create_mask(masks.causal, 0, None, 4, 4).shape == (0, 1, 4, 4)
+
+
+def test_lengths_beyond_the_rows_of_blocks():
+    """A kernel would read beyond the table."""
+    counts, indices = torch.ones(1, 1, 2, dtype=torch.int32), torch.zeros(1, 1, 2, 1).int()
+    with pytest.raises(ArgumentError, match="too few rows"):
+        BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=32, seq_lengths=(65, 64))
+    q = torch.randn(1, 1, 300, 16)
+    mask = create_block_mask(masks.causal, None, None, 64, 64)
+    mask.seq_lengths = (300, 300)
+    with pytest.raises(ShapeError, match="too few rows"):
+        flex_attention(q, q, q, block_mask=mask)
+    theirs = torch_flex.create_block_mask(masks.causal, 1, 1, 64, 64, device="cpu")
+    flex_attention(*(q[:, :, :64],) * 3, block_mask=theirs)
+    theirs.seq_lengths = (300, 300)
+    with pytest.raises(ArgumentError, match="too few rows"):
+        flex_attention(q, q, q, block_mask=theirs)

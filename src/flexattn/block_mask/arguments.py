@@ -6,7 +6,8 @@ negative, block sizes that are none, indices that leave the mask or tear a ragge
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,18 +21,39 @@ BlockSize = int | tuple[int, int]
 
 def checked_block_size(size: BlockSize) -> tuple[int, int]:
     """(q, kv) in tokens."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or any(not isinstance(n, int) or n <= 0 for n in pair):
+    given = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    pair = tuple(map(_as_int, given))
+    if len(pair) != 2 or any(n is None or n <= 0 for n in pair):
         raise ArgumentError(message("BLOCK_SIZE is not a block size.", got=repr(size),
                                     expected="a positive int, or a pair (q, kv) of them",
                                     remedy="BLOCK_SIZE=128"))
-    return pair
+    return pair  # type: ignore[return-value]
 
 
-def check_size(function: str, name: str, size: int) -> None:
-    if not isinstance(size, (int, torch.SymInt)) or size < 0:
+def _as_int(value: Any) -> int | None:
+    """An int of Python's, numpy's or a tensor's; None for anything else."""
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def checked_size(function: str, name: str, size: Any) -> int:
+    found = _as_int(size)
+    if found is None or found < 0:
         raise ArgumentError(message(f"{function}: {name} is not a size.",
                                     expected="a non-negative int", got=repr(size)))
+    return found
+
+
+def check_options(function: str, options: Iterable[str]) -> None:
+    """PyTorch's further options begin with compute_ or dq_; anything else is a mistake."""
+    unknown = [name for name in options if not name.startswith(("compute_", "dq_"))]
+    if unknown:
+        raise ArgumentError(message(f"{function} has no such option.", got=", ".join(unknown),
+                                    expected="the names that its documentation gives"))
 
 
 def device_of(device: torch.device | str | None) -> torch.device:

@@ -15,8 +15,9 @@ from flexattn.analysis.runs import RunTable, all_partial
 from flexattn.block_mask.arguments import (
     BlockSize,
     MaskMod,
-    check_size,
+    check_options,
     checked_block_size,
+    checked_size,
     device_of,
 )
 from flexattn.block_mask.bounded import bounded_runs
@@ -44,17 +45,18 @@ def create_block_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: in
             CUDA graph; one with more runs is an error in the next call that can know of it.
         _compile and further options of PyTorch's function are accepted and change nothing.
 
-    Raises: ArgumentError for sizes that are negative, for more runs than max_runs, and with it for
-        a mask that a GPU has to wait for; the tracer's errors for a wrong mask_mod.
+    Raises: ArgumentError for sizes that are negative, for unknown options, for more runs than
+        max_runs, and with it for a mask that a GPU has to wait for; the tracer's errors for a wrong
+        mask_mod.
 
     Examples:
         >>> create_block_mask(lambda b, h, q_idx, kv_idx: q_idx >= kv_idx, None, None, 512, 512)
         BlockMask(shape=(1, 1, 512, 512), BLOCK_SIZE=(128, 128), sparsity=37.50%)
     """
-    batch, heads = 1 if B is None else B, 1 if H is None else H
-    for name, size in {"B": batch, "H": heads, "Q_LEN": Q_LEN, "KV_LEN": KV_LEN,
-                       "max_runs": max_runs or 0}.items():
-        check_size("create_block_mask", name, size)
+    check_options("create_block_mask", torch_options)
+    batch, heads, Q_LEN, KV_LEN = _sizes("create_block_mask", B, H, Q_LEN, KV_LEN)
+    if max_runs is not None:
+        max_runs = checked_size("create_block_mask", "max_runs", max_runs)
     blocks, where = checked_block_size(BLOCK_SIZE), device_of(device)
     if torch.compiler.is_compiling():
         return _in_a_graph(mask_mod, (batch, heads, Q_LEN, KV_LEN), blocks, where,
@@ -69,6 +71,13 @@ def create_block_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: in
             table = all_partial(table, grid.columns)
     return BlockMask(table, (Q_LEN, KV_LEN), (batch, heads), mask_mod, proved=True,
                      separate_full_blocks=separate_full_blocks)
+
+
+def _sizes(function: str, B: Any, H: Any, Q_LEN: Any, KV_LEN: Any) -> tuple[int, int, int, int]:
+    """Batch, heads and lengths, checked."""
+    batch, heads = 1 if B is None else B, 1 if H is None else H
+    return (checked_size(function, "B", batch), checked_size(function, "H", heads),
+            checked_size(function, "Q_LEN", Q_LEN), checked_size(function, "KV_LEN", KV_LEN))
 
 
 def _in_a_graph(mask_mod: MaskMod, shape: tuple[int, int, int, int], blocks: tuple[int, int],
@@ -88,8 +97,11 @@ def _in_a_graph(mask_mod: MaskMod, shape: tuple[int, int, int, int], blocks: tup
 def create_mask(mask_mod: MaskMod, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int,
                 device: torch.device | str | None = None) -> Tensor:
     """The dense mask, bool [B, H, Q_LEN, KV_LEN]: for small sizes, tests and pictures."""
+    batch, heads, Q_LEN, KV_LEN = _sizes("create_mask", B, H, Q_LEN, KV_LEN)
     where = device_of(device)
     mod = specialize(trace_mask_mod(mask_mod, where))
-    rows = [torch.stack([element_mask(mod, b, h, (0, Q_LEN), KV_LEN, where)
-                         for h in range(H or 1)]) for b in range(B or 1)]
-    return torch.stack(rows)
+    found = torch.empty(batch, heads, Q_LEN, KV_LEN, dtype=torch.bool, device=where)
+    for b in range(batch):
+        for h in range(heads):
+            found[b, h] = element_mask(mod, b, h, (0, Q_LEN), KV_LEN, where)
+    return found

@@ -29,7 +29,13 @@ from flexattn.analysis.runs import (
     segments,
     take_rows,
 )
-from flexattn.block_mask.arguments import BlockSize, MaskMod, checked_block_size, positions
+from flexattn.block_mask.arguments import (
+    BlockSize,
+    MaskMod,
+    check_options,
+    checked_block_size,
+    positions,
+)
 from flexattn.block_mask.bounded import bounded_columns, bounded_runs, room_for
 from flexattn.block_mask.evidence import Evidence, evidence
 from flexattn.block_mask.listing import Listings, checked_lists, kinds_of_lists
@@ -354,16 +360,25 @@ class BlockMask(Listings, Pictures):
                        full_kv_num_blocks: Tensor | None = None,
                        full_kv_indices: Tensor | None = None, BLOCK_SIZE: BlockSize = 128,
                        mask_mod: MaskMod | None = None,
-                       seq_lengths: tuple[int, int] | None = None, **_: Any) -> BlockMask:
+                       seq_lengths: tuple[int, int] | None = None, **torch_options: Any
+                       ) -> BlockMask:
         """From PyTorch's lists: counts [B, H, rows], indices [B, H, rows, columns].
 
         What PyTorch's function takes beyond these is accepted and changes nothing.
 
-        Raises: ArgumentError for one full list without the other; ShapeError for other ranks.
+        Raises: ArgumentError for one full list without the other, for unknown options, and for
+            lengths that the lists do not cover; ShapeError for other ranks.
         """
+        check_options("from_kv_blocks", torch_options)
         q_block, kv_block = checked_block_size(BLOCK_SIZE)
         full = checked_lists((kv_num_blocks, kv_indices), (full_kv_num_blocks, full_kv_indices))
-        lengths = seq_lengths or (kv_indices.shape[2] * q_block, kv_indices.shape[3] * kv_block)
+        covered = kv_indices.shape[2] * q_block
+        lengths = seq_lengths or (covered, kv_indices.shape[3] * kv_block)
+        if lengths[0] > covered:
+            raise ArgumentError(message(
+                "The lists have too few rows of blocks for seq_lengths.", got=str(lengths[0]),
+                expected=f"at most {covered} queries, {q_block} a row",
+                remedy="list all rows, or create_block_mask with these lengths"))
         kinds = kinds_of_lists((kv_num_blocks, kv_indices), full, -(-lengths[1] // kv_block))
         if mask_mod is None:
             kinds[kinds == PARTIAL] = FULL
@@ -375,7 +390,8 @@ class BlockMask(Listings, Pictures):
     def from_torch(cls, mask: Any) -> BlockMask:
         """From a torch.nn.attention.flex_attention.BlockMask; converted once per object."""
         found = _converted.get(mask)
-        if found is None or found._mask_mod is not mask.mask_mod:
+        if (found is None or found._mask_mod is not mask.mask_mod
+                or found.seq_lengths != tuple(mask.seq_lengths)):
             found = _converted[mask] = cls.from_kv_blocks(
                 mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks,
                 mask.full_kv_indices, mask.BLOCK_SIZE, mask.mask_mod, mask.seq_lengths)

@@ -105,13 +105,13 @@ def evaluate(
 
 
 def _load(n: Node, tensor: Tensor, indices: list[Tensor], report: OutOfRange | None) -> Tensor:
-    if tensor.numel() == 0 and indices:
-        return tensor.new_zeros(torch.broadcast_shapes(*(i.shape for i in indices)))
     safe = []
     for dim, (index, size) in enumerate(zip(indices, tensor.shape, strict=True)):
         if report is not None and bool(((index < -size) | (index >= size)).any()):
             report(n, dim, index, size)
         safe.append(torch.where(index < 0, index + size, index).clamp(0, size - 1))
+    if tensor.numel() == 0 and indices:
+        return tensor.new_zeros(torch.broadcast_shapes(*(i.shape for i in indices)))
     return tensor[tuple(safe)] if safe else tensor
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from flexattn.errors import DerivativeError, DeviceError, message
 from flexattn.runtime import launch_cpu, launch_cpu_backward
@@ -25,11 +26,21 @@ _NOTHING = torch.empty(0)
 
 def attend(call: Call) -> Result:
     """Run the call; record it for backward where a gradient is wanted."""
+    if forward_ad._current_level >= 0:
+        _check_no_tangent(call)
     if torch.is_grad_enabled():
         tensors = (call.query, call.key, call.value, *(call.score.captures if call.score else ()))
         if any(t.requires_grad for t in tensors):
             return Result(*_Attention.apply(call, *tensors))
     return kernels(call.query.device.type)[0](call)
+
+
+def _check_no_tangent(call: Call) -> None:
+    tensors = (call.query, call.key, call.value, *(call.score.captures if call.score else ()))
+    if any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise DerivativeError(message("flexattn has no forward-mode derivatives.",
+                                      expected="tensors without tangents",
+                                      remedy="flexattn.reference.attention, which has them"))
 
 
 @cache

@@ -53,9 +53,15 @@ class Tape:
         self.numbers: list[Any] = []
         self.captures: list[Tensor] = []
         self.asked: set[str] = set()
+        self.running = False  # a score mod, with gradients enabled
         self._slots: dict[int, int] = {}
 
     def record(self, op: Op, dtype: torch.dtype, args: tuple[int, ...], attr: Any = None) -> Proxy:
+        if self.running and not torch.is_grad_enabled():
+            raise UnsupportedOpError(message(
+                "A mod switches gradients off.",
+                expected="a mod whose every value has its gradient",
+                remedy="detach a captured tensor outside of the mod", where=user_location()))
         self.entries.append((op, dtype, args, attr))
         return Proxy(self, len(self.entries) - 1, dtype)
 

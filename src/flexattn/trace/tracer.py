@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -124,8 +125,11 @@ def _index_inputs(tape: Tape) -> list[Proxy]:
 
 def _run(fn: Callable, tape: Tape, inputs: list[Proxy], role: str) -> Proxy:
     try:
-        with _Mode(tape):
+        # torch.export would take enable_grad for a part of the model.
+        with nullcontext() if torch.compiler.is_compiling() else torch.enable_grad(), _Mode(tape):
+            tape.running = tape.kind == "score" and torch.is_grad_enabled()
             result = fn(*inputs)
+            tape.running = False
     except TypeError:
         _check_signature(fn, inputs, role)
         raise
