@@ -125,10 +125,12 @@ def prepare(out, d_out, lse, d_lse, statistics, total, sizes, VALUE_DIM: tl.cons
 
 
 @triton.jit
-def round_query_gradient(total, dq_out, sizes, scale, DIM: tl.constexpr, ROWS: tl.constexpr):
-    """dq = scale * total, which is float32 [line, length, DIM] with length >= q_len. For Hopper: it
+def round_query_gradient(total, dq_out, sizes, scale, DIM: tl.constexpr, ROWS: tl.constexpr,
+                         WAITS: tl.constexpr = False):
+    """dq = scale * total, which is float32 [line, length, DIM] with length >= q_len. WAITS: it
     may be launched early, while `total` is added up."""
-    gdc_wait()
+    if WAITS:
+        gdc_wait()
     heads, q_len, length = sizes
     tile, line = _tile_and_line(length // ROWS)
     first = tile * ROWS

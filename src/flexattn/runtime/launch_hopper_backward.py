@@ -291,7 +291,7 @@ def _round_source(call: Call) -> _Build:
     def build() -> Source:
         from flexattn.kernels.triton_backward import round_query_gradient as kernel
 
-        constants = {"DIM": head_dim, "ROWS": _ROUND_ROWS}
+        constants = {"DIM": head_dim, "ROWS": _ROUND_ROWS, "WAITS": True}
         signature = {"total": "*fp32", "dq_out": (f"*{TYPES[dtype]}", *TENSOR),
                      "sizes": ("i32",) * 3, "scale": "fp32",
                      **dict.fromkeys(constants, "constexpr")}
