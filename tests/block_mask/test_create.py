@@ -109,3 +109,13 @@ def test_lengths_beyond_the_rows_of_blocks():
     theirs.seq_lengths = (300, 300)
     with pytest.raises(ArgumentError, match="too few rows"):
         flex_attention(q, q, q, block_mask=theirs)
+
+
+@pytest.mark.parametrize("mask", [
+    lambda b, h, q, k: q * q <= k**3 + 1, lambda b, h, q, k: k**3 - q >= 0,
+    lambda b, h, q, k: k < abs(q**3), lambda b, h, q, k: (q**5) << 9 > k])
+def test_powers_in_further_arithmetic(mask):
+    blocks = create_block_mask(mask, 1, 1, 64, 64, BLOCK_SIZE=16)
+    assert torch.equal(blocks.to_dense()[0, 0].bool(), create_mask(mask, 1, 1, 64, 64)[0, 0].view(
+        4, 16, 4, 16).any(3).any(1))
+    blocks.verify()

@@ -10,8 +10,9 @@ import torch
 from flexattn import create_block_mask
 from flexattn.attention import AuxRequest
 from flexattn.errors import IndexOutOfRangeError
+from flexattn.reference import attention
 from flexattn.runtime import launch_gpu
-from tests.interpreter.attend import check, make_call, tensors
+from tests.interpreter.attend import call_of, check, make_call, tensors
 
 
 def softcap(score, b, h, q_idx, kv_idx):
@@ -94,3 +95,27 @@ def test_no_keys():
     found = launch_gpu.forward(make_call(q, k, v, None, None, None, AuxRequest(True, True), {}))
     assert (found.out == 0).all() and found.out.shape == (1, 2, 5, 8)
     assert (found.lse == -math.inf).all() and (found.max_scores == -math.inf).all()
+
+
+BYTES = torch.randint(0, 256, (40,), dtype=torch.uint8)
+AWKWARD = {
+    "a byte that wraps": lambda s, b, h, q, k: s + (q - k).to(torch.uint8).float() / 64,
+    "a bounded byte": lambda s, b, h, q, k: s + (BYTES[q].clamp(max=9) - 12) / 64,
+    "a large constant": lambda s, b, h, q, k: s + torch.where(q > 3, 3000000000, -5) * 1e-9,
+    "not, as a real": lambda s, b, h, q, k: s + (~(q * k)).float() / 64,
+    "halves far out": lambda s, b, h, q, k: s + (torch.round(q + 4000000.5) - 4000000) / 8,
+    "trunc of the least": lambda s, b, h, q, k: s + torch.fmod(
+        torch.where(q > 3, torch.iinfo(torch.int64).min, k), 3),
+    "the sign of nothing": lambda s, b, h, q, k: s + torch.sign(
+        torch.where(q > 3, float("nan"), s)),
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_numbers(name):
+    q, k, v = tensors(1, 2, 1, 20, 30, (16, 16))
+    call = call_of(q, k, v, AWKWARD[name])
+    result = launch_gpu.forward(call)
+    out, lse, _ = attention(q, k, v, AWKWARD[name], None, None, torch.float64)
+    torch.testing.assert_close(result.out.double(), out, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.lse.double(), lse, rtol=1e-4, atol=1e-4)

@@ -106,4 +106,7 @@ def test_constants_of_float64_keep_their_digits(value):
     text = literal(value, torch.float64)
     bits = int(text.removeprefix("tl.cast(").split(",")[0])
     assert np.int64(bits).view(np.float64) == value
-    assert literal(0.5, torch.float64) == "0.5" and literal(0.1) == "0.1"
+    assert literal(0.5, torch.float64) == "tl.cast(0.5, tl.float64)" and literal(0.1) == "0.1"
+    assert literal(9, torch.uint8) == "tl.cast(9, tl.uint8)" and literal(9, torch.int64) == "9"
+    assert literal(1 << 31, torch.int64) == f"tl.cast({1 << 31}, tl.int64)"
+    assert literal(True, torch.bool) == "True"

@@ -189,6 +189,8 @@ class TileIntervals:
         return self.reads.interval(n.attr, args)
 
     def _apply(self, n: Node, args: Sequence[Interval]) -> Interval:
+        if n.op is Op.POW and n.dtype in INTEGERS:  # which may wrap for some tiles
+            return self.overall.values[n]
         found = TABLE[n.op](n, *args)
         if n not in self.overall.wraps:
             return found

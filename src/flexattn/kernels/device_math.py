@@ -21,9 +21,11 @@ _LOAD_64 = tl.constexpr("ld.global.nc.b64 $0, [$1];")
 @triton.jit
 def round_even(x, MAGIC: tl.constexpr):
     """To the nearest integer, halves to even; MAGIC is 1.5 * 2^23 (float64: 1.5 * 2^52)."""
-    near = (x + MAGIC) - MAGIC
+    size = tl.abs(x)
+    near = (size + MAGIC / 1.5) - MAGIC / 1.5
+    near = tl.where(x < 0.0, near * -1.0, near)
     near = tl.where(near == 0.0, x * 0.0, near)  # keeps the sign of zero
-    return tl.where(tl.abs(x) < MAGIC * 0.25, near, x)
+    return tl.where(size < MAGIC / 1.5, near, x)
 
 
 @triton.jit
@@ -191,4 +193,5 @@ def float_floor_divide(x, y):
     quotient = tl.where(adjust, quotient - 1.0, quotient)
     whole = tl.floor(quotient)
     whole = tl.where(quotient - whole > 0.5, whole + 1.0, whole)
+    whole = tl.where(quotient == 0.0, (x / y) * 0.0, whole)  # with torch's sign
     return tl.where(y == 0.0, x / y, whole)

@@ -169,7 +169,8 @@ def _key_value_step(sums, k, v, q, d_out, statistics, at, head, columns, first_q
     raised = ()
     if F.exact:
         for i in tl.static_range(len(F.unordered)):
-            size = tl.abs(factors[F.unordered[i] + 1] * (dp - delta)).to(tl.int32, bitcast=True)
+            size = tl.abs(factors[F.unordered[i] + 1] * (dp - delta)).to(tl.float32)
+            size = size.to(tl.int32, bitcast=True)
             raised = raised + (tl.maximum(peaks[i], tl.max(size, 1)),)
     return dk, dv, added, raised
 

@@ -95,6 +95,8 @@ class Separation:
             return None
         if self.level[n] != TILE:
             return cast(self.done[n], dtype)
+        if self.ranges[n] == full_range(n.dtype):  # it may wrap
+            return None
         if n.op is Op.CAST and n.args[0].dtype in INTEGERS:
             return self._pushed(n.args[0], dtype)
         if n.op in (Op.ADD, Op.SUB, Op.MIN, Op.MAX, Op.ABS):

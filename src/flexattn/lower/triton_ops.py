@@ -53,17 +53,25 @@ class Context:
 
 
 Entry = Callable[..., str]
+_NARROW = (torch.int8, torch.uint8, torch.int16)
 
 
 def literal(value: bool | int | float, dtype: torch.dtype = torch.float32) -> str:
-    """A constant as source text. Triton reads a float as float32, so one of float64 that is none
-    is given by its bits."""
+    """A constant as source text, of its dtype. Triton reads a float as float32, so one of float64
+    that is none is given by its bits."""
     if isinstance(value, float) and not math.isfinite(value):
         return 'float("nan")' if value != value else ('float("inf")' if value > 0
                                                       else '-float("inf")')
     if dtype is torch.float64 and isinstance(value, float) and not _is_single(value):
         bits, = struct.unpack("<q", struct.pack("<d", value))
         return f"tl.cast({bits}, tl.float64, bitcast=True)"
+    if dtype is torch.float64:
+        return f"tl.cast({value!r}, tl.float64)"
+    if isinstance(value, float) and 0 < abs(value) < 2.0**-126:  # Triton would make it float64
+        bits, = struct.unpack("<i", struct.pack("<f", value))
+        return f"tl.cast({bits}, tl.float32, bitcast=True)"
+    if dtype in _NARROW or (isinstance(value, int) and 1 << 31 <= value < 1 << 32):  # no uint32
+        return f"tl.cast({value!r}, tl.{TYPE_NAMES[dtype]})"
     return repr(value)
 
 
@@ -142,7 +150,8 @@ def _negate(c: Context, n: Node, x: str) -> str:
 
 def _sign(c: Context, n: Node, x: str) -> str:
     if n.dtype in FLOATS:
-        return f"tl.where({x} > 0.0, 1.0, tl.where({x} < 0.0, -1.0, {x} * 0.0))"
+        zero = f"tl.where({x} == {x}, {x} * 0.0, 0.0)"  # torch's sign of NaN is 0
+        return f"tl.where({x} > 0.0, 1.0, tl.where({x} < 0.0, -1.0, {zero}))"
     return f"({x} > 0).to(tl.{c.storage(n)}) - ({x} < 0).to(tl.{c.storage(n)})"
 
 
@@ -248,7 +257,7 @@ TABLE: dict[Op, Entry] = {
     Op.NEG: _negate,
     Op.ABS: _call("tl.abs"),
     Op.SIGN: _sign,
-    Op.NOT: lambda c, n, x: f"~{x}",
+    Op.NOT: lambda c, n, x: f"({x} ^ 255)" if n.dtype is torch.uint8 else f"(~{x})",
     Op.ADD: _infix("+"),
     Op.SUB: _infix("-"),
     Op.MUL: _multiply,

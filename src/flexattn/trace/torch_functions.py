@@ -165,18 +165,27 @@ def _div(t: Tape, input: Any, other: Any, *, rounding_mode: str | None = None) -
     (x, y), dtype = t.operands(input, other)
     if dtype.is_floating_point:
         return t.record(Op.TRUNC, quotient.dtype, (quotient.index,))
-    size = t.apply(Op.FLOORDIV, t.apply(Op.ABS, x), t.apply(Op.ABS, y))
-    negative = t.apply(Op.XOR, compare(t, Op.LT, x, 0), compare(t, Op.LT, y, 0))
-    return _where(t, negative, t.apply(Op.NEG, size), size)
+    floor = t.apply(Op.FLOORDIV, x, y)
+    inexact = compare(t, Op.NE, t.apply(Op.MUL, floor, y), x)
+    upward = t.apply(Op.AND, _opposite(t, x, y), inexact)
+    return _where(t, upward, t.apply(Op.ADD, floor, 1), floor)
+
+
+def _opposite(t: Tape, x: Proxy, y: Proxy) -> Proxy:
+    """Whether the signs of two integers differ."""
+    return t.apply(Op.XOR, compare(t, Op.LT, x, 0), compare(t, Op.LT, y, 0))
 
 
 def _fmod(t: Tape, input: Any, other: Any) -> Proxy:
     """The remainder with the sign of the dividend, that of a zero included."""
     (x, y), dtype = t.operands(input, other)
+    if not dtype.is_floating_point:  # the least integer has no absolute value
+        rest = _arithmetic(Op.MOD)(t, x, y)
+        apart = t.apply(Op.AND, _opposite(t, x, y), compare(t, Op.NE, rest, 0))
+        return _where(t, apart, t.apply(Op.SUB, rest, y), rest)
     size = _arithmetic(Op.MOD)(t, t.apply(Op.ABS, x), t.apply(Op.ABS, y))
-    if dtype.is_floating_point:
-        zero = t.apply(Op.AND, compare(t, Op.EQ, size, 0), compare(t, Op.EQ, x, 0))
-        size = _where(t, zero, x, size)
+    zero = t.apply(Op.AND, compare(t, Op.EQ, size, 0), compare(t, Op.EQ, x, 0))
+    size = _where(t, zero, x, size)
     return _where(t, compare(t, Op.LT, x, 0), t.apply(Op.NEG, size), size)
 
 
